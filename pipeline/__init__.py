@@ -1,0 +1,1 @@
+"""Make Qwen3 your own and serve it: from conversations to a certified, served checkpoint."""

@@ -1,0 +1,1 @@
+"""Bases: where a checkpoint to start from comes from."""

@@ -1,0 +1,1 @@
+"""Sources to conversations, checked, to rows on disk."""

@@ -1,0 +1,1 @@
+"""What stages and server need from a served model, and who keeps it alive."""

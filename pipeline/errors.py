@@ -1,0 +1,62 @@
+"""Failures a user can act on: each exception writes its own sentence from facts.
+
+PipelineError            exit code 2
+├── RecipeError          a recipe that cannot be read or is not valid
+├── DataError            a row or file that cannot be used; names path:line
+├── BaseError            a base that cannot be found, fetched or read
+├── RunError             a run folder without what a stage needs
+├── EngineError          an engine that is missing, will not start or has died
+├── GateMissed           exit code 3: a certificate or a quality gate was missed
+└── RequestError         an HTTP request that cannot be answered; carries its status
+"""
+
+from pathlib import Path
+
+
+class PipelineError(Exception):
+    """Something the user can mend; `str()` is one sentence: what, where, what to do."""
+
+    exit_code = 2
+
+
+class RecipeError(PipelineError):
+    """A recipe that cannot be read or does not say what a recipe may say."""
+
+
+class DataError(PipelineError):
+    """A data file or row that cannot be used."""
+
+    @classmethod
+    def at(cls, path: Path | str, line: int, what: str) -> "DataError":
+        """The usual form: `path:line: what`."""
+        return cls(f"{path}:{line}: {what}")
+
+
+class BaseError(PipelineError):
+    """A base checkpoint that cannot be found, fetched or read."""
+
+
+class RunError(PipelineError):
+    """A run folder that lacks what a stage needs, or cannot be written."""
+
+
+class EngineError(PipelineError):
+    """An inference engine that is missing, will not start or has died."""
+
+
+class GateMissed(PipelineError):
+    """A certificate or quality gate was missed; what was measured is on disk."""
+
+    exit_code = 3
+
+
+class RequestError(PipelineError):
+    """A request that cannot be answered; `status` and `error_type` are what the client sees."""
+
+    status = 400
+    error_type = "invalid_request"
+
+    def __init__(self, message: str, status: int = 400, error_type: str = "invalid_request"):
+        super().__init__(message)
+        self.status = status
+        self.error_type = error_type

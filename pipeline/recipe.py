@@ -1,0 +1,260 @@
+"""What a recipe may say: YAML and `--set` in, one frozen Recipe out."""
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from pipeline.errors import RecipeError
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and every key it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Source(Section):
+    """One file of conversations."""
+
+    path: str
+    """A JSONL file in OpenAI's `messages` shape; relative to the current directory."""
+    cap: PositiveInt | None = None
+    """Use at most this many conversations, from the top."""
+
+
+class Held(Section):
+    """Rows kept out of training: for certificates and evaluation loss."""
+
+    path: str | None = None
+    """A JSONL file of its own."""
+    share: float | None = Field(default=None, gt=0, lt=1)
+    """Or this share of the conversations, chosen by the seed."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "Held":
+        if (self.path is None) == (self.share is None):
+            raise ValueError("give either path or share")
+        return self
+
+
+class Data(Section):
+    """Which conversations are learnt from, and how they become rows."""
+
+    sources: tuple[Source, ...] = Field(min_length=1)
+    eval: Held = Held(share=0.1)
+    turns: Literal["all", "last"] = "all"
+    """Which assistant turns are trained: every one, or only a conversation's last."""
+    thinking: Literal["per_row", "never", "always"] = "per_row"
+    """per_row: a turn with reasoning is trained in thinking mode, one without in direct mode.
+    never: reasoning is left out. always: only turns with reasoning are trained."""
+    overlong: Literal["drop", "refuse"] = "drop"
+    """A row longer than max_tokens is dropped and counted, or stops the run. It is never cut."""
+    invalid: Literal["refuse", "drop"] = "refuse"
+    """A conversation that cannot become rows stops the run, or is dropped and counted."""
+    max_tokens: PositiveInt = 4096
+    """The longest row, prompt and completion together, in tokens."""
+
+
+class Train(Section):
+    """How the adapter is fitted."""
+
+    method: Literal["lora", "qlora"] = "lora"
+    """qlora holds the base in 4 bit (nf4, double quantisation) while training."""
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """all-linear is every linear layer but the output head."""
+    trainable_tokens: tuple[str, ...] = ()
+    """Tokens whose embedding rows are trained too, for a base that has never seen them."""
+    epochs: PositiveFloat | None = None
+    """Passes over the rows; 1 when neither epochs nor steps is given."""
+    steps: PositiveInt | None = None
+    """Optimizer steps, instead of epochs."""
+    seed: NonNegativeInt = 42
+    batch_rows: PositiveInt = 16
+    """Rows an optimizer step learns from."""
+    micro_rows: PositiveInt = 1
+    """Rows in memory at once; batch_rows must be a multiple of it."""
+    learning_rate: PositiveFloat = 2e-4
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    warmup_steps: NonNegativeInt = 10
+    weight_decay: NonNegativeFloat = 0.0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What the frozen base is held and computed in; the adapter itself is always float32."""
+    checkpointing: Literal["none", "full"] = "full"
+    """full: activations are computed again in the backward pass, for memory."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Train":
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give either epochs or steps, not both")
+        if self.batch_rows % self.micro_rows:
+            raise ValueError(
+                f"batch_rows {self.batch_rows} is not a multiple of micro_rows {self.micro_rows}"
+            )
+        if self.method == "qlora" and self.dtype == "float32":
+            raise ValueError("qlora computes in bfloat16; remove dtype: float32 or use lora")
+        return self
+
+
+GgufFormat = Literal["bf16", "q8_0"]
+
+
+class Export(Section):
+    """Which files for llama.cpp the merged checkpoint is written as."""
+
+    gguf: tuple[GgufFormat, ...] = ("bf16", "q8_0")
+
+
+class Certify(Section):
+    """How close each artefact must stay to the model as trained."""
+
+    max_mean_kl: dict[Literal["merged", "bf16", "q8_0"], PositiveFloat] = {
+        "merged": 0.01,
+        "bf16": 0.01,
+        "q8_0": 0.02,
+    }
+    """Largest mean Kullback-Leibler divergence per token, in nats, from the model as trained."""
+    merged_positions: PositiveInt = 2000
+    """Held-out completion tokens the merged checkpoint is compared on, or all if fewer."""
+    gguf_positions: PositiveInt = 200
+    """The same for a GGUF file, which is asked token by token."""
+
+
+class Evaluate(Section):
+    """Questions with checkable answers, asked before and after."""
+
+    questions: str | None = None
+    """A JSONL file of `messages` and `answer`; see data/README.md. None: nothing to score."""
+    direct: NonNegativeInt = 80
+    """How many are asked in direct mode."""
+    thinking: NonNegativeInt = 40
+    """How many are asked in thinking mode."""
+    direct_max_tokens: PositiveInt = 96
+    thinking_max_tokens: PositiveInt = 192
+
+
+class Recipe(Section):
+    """Everything one run is made from."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The run folder is runs/NAME; by default the recipe file's stem."""
+    base: str
+    """A checkpoint folder, a hub id such as Qwen/Qwen3-8B, or random:SHAPE."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub base; the commit it means is written into the manifest."""
+    data: Data
+    train: Train = Train()
+    export: Export = Export()
+    certify: Certify = Certify()
+    evaluate: Evaluate = Evaluate()
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML lets the second of two equal keys win silently; this loader refuses it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: the key {key!r} stands here twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, apply `a.b=c` overrides, validate.
+
+    Raises RecipeError with every fault of the file in one message.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read as a recipe: {_reason(error)}") from error
+    try:
+        values = yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, TypeError) as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} is not a recipe: it must be a mapping such as `base: bases/demo`")
+    values.setdefault("name", path.stem)
+    for override in overrides:
+        _override(values, override)
+    return parse_recipe(values, str(path))
+
+
+def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
+    """Validate plain values as a Recipe; `where` names them in the error."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        faults = "\n".join(f"  {line}" for line in _explain(error))
+        raise RecipeError(f"{where} is not a valid recipe:\n{faults}") from error
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Apply one `a.b=c`: the value is read as YAML, so `train.steps=2` is a number."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise RecipeError(f"--set {override!r} must look like train.steps=2")
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"--set {override!r}: {parent!r} holds no keys of its own")
+    try:
+        values[last] = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override!r}: the value is not YAML") from error
+    # steps and epochs exclude each other: naming one on the command line replaces the other
+    if dotted in ("train.steps", "train.epochs"):
+        values.pop("epochs" if last == "steps" else "steps", None)
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for fault in error.errors():
+        place = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            known = _fields_at(fault["loc"][:-1])
+            close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+            yield f"{place}: unknown key; {hint}"
+        else:
+            yield f"{place or 'recipe'}: {fault['msg'].removeprefix('Value error, ')}"
+
+
+def _fields_at(location: Iterable[int | str]) -> list[str]:
+    """The keys a recipe may have at a place, found by walking the sections' annotations."""
+    section: type[BaseModel] = Recipe
+    for part in location:
+        if isinstance(part, str) and part in section.model_fields:
+            section = next(_sections(section.model_fields[part].annotation), section)
+    return list(section.model_fields)
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections(inner)

@@ -1,0 +1,191 @@
+"""Where one run's artefacts lie, and the manifest that says what each was made from."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RunError
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder runs/NAME and the names of everything in it."""
+
+    folder: Path
+
+    @classmethod
+    def named(cls, name: str) -> "Run":
+        """The run of that name under the current directory."""
+        return cls(RUNS / name)
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe, as JSON so that null survives."""
+        return self.folder / "recipe.json"
+
+    @property
+    def manifest(self) -> Path:
+        """What each stage was made from; see `Run.record`."""
+        return self.folder / "manifest.json"
+
+    @property
+    def train_rows(self) -> Path:
+        """Rows to train on, an Arrow stream."""
+        return self.folder / "data" / "train.arrow"
+
+    @property
+    def eval_rows(self) -> Path:
+        """Held-out rows, an Arrow stream."""
+        return self.folder / "data" / "eval.arrow"
+
+    @property
+    def data_report(self) -> Path:
+        """Counts of the data stage."""
+        return self.folder / "data" / "report.json"
+
+    @property
+    def plan(self) -> Path:
+        """Predicted memory and time, and what was measured."""
+        return self.folder / "plan.json"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, in PEFT's layout."""
+        return self.folder / "adapter"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def merged(self) -> Path:
+        """The merged checkpoint, in the base's layout."""
+        return self.folder / "merged"
+
+    @property
+    def exports(self) -> Path:
+        """GGUF files, with the tokenizer and template a server needs beside them."""
+        return self.folder / "exports"
+
+    @property
+    def certificate(self) -> Path:
+        """How close each artefact is to the model as trained."""
+        return self.folder / "certificate.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """Scores before and after."""
+        return self.folder / "evaluation.json"
+
+    def stage(self, name: str) -> dict[str, Any] | None:
+        """What the manifest says of a stage: its `inputs` and `outputs`; None if it never ran."""
+        found = self._manifest()["stages"].get(name)
+        return dict(found) if found else None
+
+    def record(self, name: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
+        """Write down that a stage made `outputs` from `inputs`, both name to sha256."""
+        manifest = self._manifest()
+        manifest["stages"][name] = {"inputs": dict(inputs), "outputs": dict(outputs)}
+        write_json(self.manifest, manifest)
+
+    def describe(self, **facts: Any) -> None:
+        """Add facts about the run as a whole: versions, hardware, commit, base, seed."""
+        manifest = self._manifest()
+        manifest.update(facts)
+        write_json(self.manifest, manifest)
+
+    def changed(self, name: str, inputs: Mapping[str, str]) -> list[str] | None:
+        """Which inputs of a finished stage differ from `inputs` now; None if it never ran.
+
+        An empty list means: finished, with the same inputs.
+        """
+        stage = self.stage(name)
+        if stage is None:
+            return None
+        before = stage["inputs"]
+        keys = before.keys() | inputs.keys()
+        return sorted(key for key in keys if before.get(key) != inputs.get(key))
+
+    def output(self, stage: str, name: str) -> str:
+        """The sha256 a stage recorded for an output; RunError says which command makes it."""
+        recorded = self.stage(stage)
+        if recorded is None or name not in recorded["outputs"]:
+            raise RunError(f"{self.folder} has no {name} yet: run `pipeline {stage}` first")
+        return str(recorded["outputs"][name])
+
+    def _manifest(self) -> dict[str, Any]:
+        if not self.manifest.is_file():
+            return {"stages": {}}
+        return dict(read_json(self.manifest))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run; RunError if it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(f"{path} is missing") from error
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON: {error}; delete it and run the stage again") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def fresh_folder(path: Path) -> Path:
+    """An empty folder beside `path`, to be filled and then given its name by `publish`."""
+    temporary = path.with_name(path.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Fsync a filled folder and give it its final name, in place of an older one."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    temporary.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def hash_file(path: Path) -> str:
+    """The sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_folder(folder: Path) -> str:
+    """One sha256 over the names and bytes of a folder's files."""
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            total.update(f"{path.relative_to(folder)} {hash_file(path)}\n".encode())
+    return total.hexdigest()
+
+
+def hash_value(value: Any) -> str:
+    """The sha256 of a JSON-like value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
