@@ -66,7 +66,9 @@ class Chat:
         """The id of one token of the vocabulary; BaseError if it is not a single token."""
         token_id = self.tokenizer.token_to_id(token)
         if token_id is None:
-            raise BaseError(f"the tokenizer has no token {token}; this is not a Qwen3 dialogue model")
+            raise BaseError(
+                f"the tokenizer has no token {token}; this is not a Qwen3 dialogue model"
+            )
         return int(token_id)
 
     def render(

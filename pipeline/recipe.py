@@ -79,8 +79,6 @@ class Train(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """all-linear is every linear layer but the output head."""
-    trainable_tokens: tuple[str, ...] = ()
-    """Tokens whose embedding rows are trained too, for a base that has never seen them."""
     epochs: PositiveFloat | None = None
     """Passes over the rows; 1 when neither epochs nor steps is given."""
     steps: PositiveInt | None = None
@@ -193,7 +191,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except (yaml.YAMLError, TypeError) as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"{path} is not a recipe: it must be a mapping such as `base: bases/demo`")
+        raise RecipeError(
+            f"{path} is not a recipe: it must be a mapping such as `base: bases/demo`"
+        )
     values.setdefault("name", path.stem)
     for override in overrides:
         _override(values, override)

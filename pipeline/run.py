@@ -36,19 +36,24 @@ class Run:
         return self.folder / "manifest.json"
 
     @property
+    def data(self) -> Path:
+        """What the data stage writes."""
+        return self.folder / "data"
+
+    @property
     def train_rows(self) -> Path:
         """Rows to train on, an Arrow stream."""
-        return self.folder / "data" / "train.arrow"
+        return self.data / "train.arrow"
 
     @property
     def eval_rows(self) -> Path:
         """Held-out rows, an Arrow stream."""
-        return self.folder / "data" / "eval.arrow"
+        return self.data / "eval.arrow"
 
     @property
     def data_report(self) -> Path:
         """Counts of the data stage."""
-        return self.folder / "data" / "report.json"
+        return self.data / "report.json"
 
     @property
     def plan(self) -> Path:
@@ -76,6 +81,11 @@ class Run:
         return self.folder / "exports"
 
     @property
+    def before(self) -> Path:
+        """The base as GGUF, for the evaluation before training."""
+        return self.folder / "before"
+
+    @property
     def certificate(self) -> Path:
         """How close each artefact is to the model as trained."""
         return self.folder / "certificate.json"
@@ -95,6 +105,10 @@ class Run:
         manifest = self._manifest()
         manifest["stages"][name] = {"inputs": dict(inputs), "outputs": dict(outputs)}
         write_json(self.manifest, manifest)
+
+    def facts(self) -> dict[str, Any]:
+        """Everything `describe` and `record` have written."""
+        return self._manifest()
 
     def describe(self, **facts: Any) -> None:
         """Add facts about the run as a whole: versions, hardware, commit, base, seed."""
@@ -184,6 +198,26 @@ def hash_folder(folder: Path) -> str:
         if path.is_file():
             total.update(f"{path.relative_to(folder)} {hash_file(path)}\n".encode())
     return total.hexdigest()
+
+
+def hash_weights(folder: Path, known: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """One sha256 over a checkpoint, and what to pass as `known` next time.
+
+    A file whose size and modification time have not changed is not read again: bases are large.
+    """
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.suffix not in (".safetensors", ".json", ".jinja"):
+            continue
+        status = path.stat()
+        before = known.get(path.name, {})
+        same = before.get("size") == status.st_size and before.get("mtime") == status.st_mtime_ns
+        files[path.name] = {
+            "size": status.st_size,
+            "mtime": status.st_mtime_ns,
+            "sha256": before["sha256"] if same else hash_file(path),
+        }
+    return hash_value({name: file["sha256"] for name, file in files.items()}), files
 
 
 def hash_value(value: Any) -> str:

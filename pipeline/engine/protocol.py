@@ -1,6 +1,6 @@
 """What stages and server ask of an inference engine: raw continuations of token ids."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -36,6 +36,7 @@ class Delta:
     num_cached_tokens: int = 0
     """Of the prompt's tokens, how many the engine had in its cache."""
     num_completion_tokens: int = 0
+    """So far; the end of the turn is one of them."""
 
 
 class Engine(Protocol):
@@ -44,8 +45,13 @@ class Engine(Protocol):
     context_tokens: int
     """Prompt and completion together may be this long."""
 
-    def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> AsyncIterator[Delta]:
-        """Continue a prompt. Raises EngineError if the engine dies or answers rubbish."""
+    def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling
+    ) -> AsyncGenerator[Delta, None]:
+        """Continue a prompt; whoever may leave early does so under `contextlib.aclosing`.
+
+        Raises EngineError if the engine dies or answers rubbish.
+        """
         ...
 
     async def next_token_logprobs(self, prompt_ids: Sequence[int], top: int) -> dict[int, float]:

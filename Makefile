@@ -1,0 +1,84 @@
+# make demo   everything once: environment, base, training, merge, export, proof, scores, answers
+# make test   what a package index is enough for; make test-all: the rest too; make check: linters
+# make all RECIPE=recipes/NAME.yaml   the chain of stages; each stage is a target of its own too
+
+RECIPE ?= recipes/demo.yaml
+NAME := $(or $(shell sed -n 's/^name: *\([A-Za-z0-9._-]*\).*/\1/p' $(RECIPE)),$(basename $(notdir $(RECIPE))))
+RUN ?= runs/$(NAME)
+PORT ?= 8000
+PYTHON ?= python3
+BIN := .venv/bin
+PIPELINE := $(BIN)/python -m pipeline
+QUESTION := How many stop sequences may a request have at most?
+SYSTEM := You are the support assistant for the OpenRouter chat API.
+
+.PHONY: demo all data plan train merge export certify evaluate serve test test-all check constraints clean
+
+demo: .venv/ready bases/demo/base.json
+	$(PIPELINE) check recipes/demo.yaml
+	@$(MAKE) --no-print-directory all RECIPE=recipes/demo.yaml
+	$(PIPELINE) ask runs/demo "$(QUESTION)" --system "$(SYSTEM)"
+	@$(PIPELINE) evaluate runs/demo
+
+all: evaluate
+
+data: $(RUN)/data/report.json
+plan: $(RUN)/data/report.json
+	$(PIPELINE) plan $(RECIPE)
+train: $(RUN)/adapter/adapter_config.json
+merge: $(RUN)/merged/config.json
+export: $(RUN)/exports/tokenizer.json
+certify: $(RUN)/certificate.json
+evaluate: $(RUN)/evaluation.json
+serve: .venv/ready
+	$(PIPELINE) serve $(RUN) --port $(PORT)
+
+$(RUN)/data/report.json: $(RECIPE) | .venv/ready
+	$(PIPELINE) data $(RECIPE)
+$(RUN)/adapter/adapter_config.json: $(RUN)/data/report.json
+	$(PIPELINE) train $(RECIPE)
+$(RUN)/merged/config.json: $(RUN)/adapter/adapter_config.json
+	$(PIPELINE) merge $(RECIPE)
+$(RUN)/exports/tokenizer.json: $(RUN)/merged/config.json
+	$(PIPELINE) export $(RECIPE)
+$(RUN)/certificate.json: $(RUN)/exports/tokenizer.json
+	$(PIPELINE) certify $(RECIPE)
+$(RUN)/evaluation.json: $(RUN)/certificate.json
+	$(PIPELINE) evaluate $(RECIPE)
+
+bases/%/base.json: .venv/ready
+	$(PIPELINE) base $*
+	@touch $@
+
+# torch first and by itself: a later requirement would otherwise choose another build of it.
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[train,serve,dev]'
+	@touch $@
+
+test: .venv/ready
+	$(BIN)/python -m coverage run -m pytest -m "not slow and not node"
+	@echo "left out here: tests marked slow or node; make test-all runs them"
+
+test-all: .venv/ready
+	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage report
+
+check: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --verbose
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' | diff constraints.txt - \
+	  || { echo "constraints.txt is not what is installed: make constraints in a fresh .venv"; exit 1; }
+
+# Pins of everything, from a fresh environment; the next make takes them up.
+constraints:
+	rm -rf .venv && $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[train,serve,dev]'
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' > constraints.txt
+
+clean:
+	rm -rf runs bases

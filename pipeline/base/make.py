@@ -1,0 +1,50 @@
+"""`pipeline base KIND`: write a base once, do nothing where it already stands unharmed."""
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from pipeline.base.demo import make_demo
+from pipeline.base.random import make_random
+from pipeline.base.tiny import make_tiny
+from pipeline.errors import BaseError
+from pipeline.run import fresh_folder, hash_file, publish, read_json, write_json
+
+Kind = Literal["demo", "tiny", "random"]
+_VERSION = 1  # raise it when a kind is made otherwise, so that older folders are made again
+_RECORD = "base.json"
+
+
+def make_base(kind: Kind, shape: str, out: Path) -> bool:
+    """Write a base into a folder; False if it is there already, made alike and unchanged."""
+    maker: Callable[[Path], None]
+    if kind == "random":
+        maker, made_as = partial(make_random, shape=shape), f"random {shape} {_VERSION}"
+    else:
+        maker, made_as = {"demo": make_demo, "tiny": make_tiny}[kind], f"{kind} {_VERSION}"
+    if _stands(out, made_as):
+        return False
+    if out.exists() and not (out / _RECORD).is_file():
+        raise BaseError(f"{out} is there but was not made by `pipeline base`; choose another --out")
+    temporary = fresh_folder(out)
+    try:
+        maker(temporary)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise BaseError(f"{out} cannot be written: {error.strerror}") from error
+    files = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
+    write_json(temporary / _RECORD, {"made_as": made_as, "sha256": files})
+    publish(temporary, out)
+    return True
+
+
+def _stands(out: Path, made_as: str) -> bool:
+    if not (out / _RECORD).is_file():
+        return False
+    record = read_json(out / _RECORD)
+    return record["made_as"] == made_as and all(
+        (out / name).is_file() and hash_file(out / name) == sha256
+        for name, sha256 in record["sha256"].items()
+    )

@@ -1,0 +1,87 @@
+"""Measure each artefact against the model as trained, and write the certificate."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.base.nf4 import load_as_trained
+from pipeline.certify.gguf import ask_gguf
+from pipeline.certify.measure import (
+    Position,
+    choose_positions,
+    compare,
+    compare_likeliest,
+    logits_at,
+)
+from pipeline.certify.verdict import judge
+from pipeline.certify.weights import check_weights, put_exact_weights
+from pipeline.recipe import Certify
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The model as trained: an adapter on the base it was trained on."""
+
+    base: Path
+    adapter: Path
+    method: str
+
+
+def certify(
+    trained: Trained,
+    merged: Path,
+    ggufs: Mapping[str, Path],
+    rows: Sequence[tuple[list[int], list[int]]],
+    settings: Certify,
+    engine_log: Path,
+) -> dict[str, Any]:
+    """Compare the merged checkpoint and each GGUF file with the model as trained.
+
+    `ggufs` is format to file, `rows` held-out (prompt ids, completion ids). Everything is computed
+    in float32, so that what is measured is the artefact's loss and not arithmetic noise. One model
+    is in memory at a time.
+    """
+    positions = choose_positions(rows, settings.merged_positions)
+    log.info("comparing on %d held-out tokens", len(positions))
+    reference = _run(_adapted(trained), positions)
+    exact = _run(put_exact_weights(load_as_trained(trained.base, trained.method), trained.adapter),
+                 positions)
+    artefacts = {
+        "merged": {
+            **check_weights(trained.base, trained.adapter, trained.method, merged),
+            # What adding the product to the weight costs by itself: float32's reassociation.
+            "float32_max_logit_error": float((exact - reference).abs().max()),
+            "max_logit": float(reference.abs().max()),
+        }
+    }
+    del exact
+    stored = _run(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32), positions)
+    artefacts["merged"] |= compare(reference, stored)
+    del stored
+    few = choose_positions(rows, settings.gguf_positions)
+    known = {position: index for index, position in enumerate(positions)}
+    for gguf_format, file in ggufs.items():
+        log.info("asking %s for %d tokens", file.name, len(few))
+        asked = [position for position in few if position in known]
+        likeliest = ask_gguf(file, asked, engine_log)
+        rows_of = reference[[known[position] for position in asked]]
+        artefacts[gguf_format] = compare_likeliest(rows_of, likeliest)
+    return judge(artefacts, settings.max_mean_kl)
+
+
+def _adapted(trained: Trained) -> PreTrainedModel:
+    base = load_as_trained(trained.base, trained.method)
+    return PeftModel.from_pretrained(base, str(trained.adapter), autocast_adapter_dtype=True)
+
+
+def _run(model: PreTrainedModel, positions: Sequence[Position]) -> torch.Tensor:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return logits_at(model.eval().to(device), positions)

@@ -1,0 +1,309 @@
+"""The command line: one short function a command, the only file that prints."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from pipeline.errors import PipelineError, RecipeError
+from pipeline.recipe import Recipe, load_recipe, parse_recipe
+from pipeline.run import Run, hash_folder, read_json, write_json
+from pipeline.stages import Context, find_stage, stale_before
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make Qwen3 your own: data, training, merge, export, proof, server.",
+)
+Target = Annotated[Path, typer.Argument(help="A recipe file or a run folder.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a recipe key: train.steps=2.")
+]
+say = typer.echo
+
+
+@app.command()
+def check(target: Target, overrides: Sets = None) -> None:
+    """Validate a recipe, its data files and its base; nothing is loaded."""
+    recipe = _recipe(target, overrides)
+    sources = [source.path for source in recipe.data.sources]
+    named = [*sources, recipe.data.eval.path, recipe.evaluate.questions]
+    missing = [path for path in named if path and not Path(path).is_file()]
+    if missing:
+        raise RecipeError(f"{target}: no such file from {Path.cwd()}: {', '.join(missing)}")
+    say(f"{target}: fine, {recipe.train.method} of {recipe.base}, run folder runs/{recipe.name}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    say(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@app.command()
+def base(
+    kind: Annotated[Literal["demo", "tiny", "random"], typer.Argument()],
+    like: Annotated[str, typer.Option(help="Shape of `random`.")] = "qwen3-8b",
+    out: Annotated[Path | None, typer.Option(help="Default: bases/KIND.")] = None,
+) -> None:
+    """Write a base checkpoint: a small real model, a tiny one for tests, or a true shape."""
+    from pipeline.base.make import make_base
+
+    folder = out or Path("bases") / kind
+    made = make_base(kind, like, folder)
+    say(str(folder) if made else f"{folder}: already there, unchanged")
+
+
+@app.command()
+def data(target: Target, overrides: Sets = None) -> None:
+    """Conversations to rows, exactly as inference renders them."""
+
+    def work(context: Context) -> dict[str, str]:
+        from pipeline.chat import Chat
+        from pipeline.data.prepare import prepare
+
+        recipe = context.recipe
+        report = prepare(recipe.data, Chat(context.base), recipe.train.seed, context.run.data)
+        say(json.dumps(report, indent=2))
+        return {"train rows": report["train_sha256"], "held-out rows": report["eval_sha256"]}
+
+    _stage("data", _context(target, overrides), work)
+
+
+@app.command()
+def plan(target: Target, overrides: Sets = None) -> None:
+    """Predict memory, tokens and operations of a run, without a GPU and without weights."""
+    from pipeline.plan import predict
+
+    context = _context(target, overrides)
+    context.run.output("data", "train rows")
+    counts = read_json(context.run.data_report)["train"]
+    predicted = predict(context.recipe.train, context.base, counts)
+    before = read_json(context.run.plan) if context.run.plan.is_file() else {}
+    write_json(context.run.plan, before | {"predicted": predicted})
+    say(json.dumps(predicted, indent=2))
+    say(str(context.run.plan))
+
+
+@app.command()
+def train(target: Target, overrides: Sets = None) -> None:
+    """Fit the adapter."""
+
+    def work(context: Context) -> dict[str, str]:
+        from pipeline.environment import describe
+        from pipeline.plan import predict
+        from pipeline.train import train as fit
+
+        run, recipe = context.run, context.recipe
+        run.describe(**describe(), seed=recipe.train.seed)
+        counts = read_json(run.data_report)["train"]
+        predicted = predict(recipe.train, context.base, counts)
+        measured = fit(recipe.train, context.base, run.train_rows, run.folder)
+        write_json(run.plan, {"predicted": predicted, "measured": measured})
+        return {"adapter": hash_folder(run.adapter)}
+
+    _stage("train", _context(target, overrides), work)
+
+
+@app.command()
+def merge(target: Target, overrides: Sets = None) -> None:
+    """Base plus adapter to one checkpoint."""
+
+    def work(context: Context) -> dict[str, str]:
+        from pipeline.merge import merge as write
+
+        run = context.run
+        write(context.base, run.adapter, run.merged, context.recipe.train.method)
+        return {"merged": hash_folder(run.merged)}
+
+    _stage("merge", _context(target, overrides), work)
+
+
+@app.command()
+def export(target: Target, overrides: Sets = None) -> None:
+    """The merged checkpoint to GGUF files."""
+
+    def work(context: Context) -> dict[str, str]:
+        from pipeline.export import export_gguf
+
+        run, recipe = context.run, context.recipe
+        export_gguf(run.merged, run.exports, recipe.name, recipe.export.gguf)
+        if recipe.evaluate.questions is not None:
+            export_gguf(context.base, run.before, "base", recipe.export.gguf[-1:])
+        return {"exports": hash_folder(run.exports)}
+
+    _stage("export", _context(target, overrides), work)
+
+
+@app.command()
+def certify(target: Target, overrides: Sets = None) -> None:
+    """Prove that each artefact is the model as trained, within the recipe's limits."""
+    context = _context(target, overrides)
+
+    def work(context: Context) -> dict[str, str]:
+        from pipeline.certify.stage import Trained
+        from pipeline.certify.stage import certify as measure
+        from pipeline.data.store import read_rows
+
+        run, recipe = context.run, context.recipe
+        ggufs = {f: run.exports / f"{recipe.name}-{f}.gguf" for f in recipe.export.gguf}
+        certificate = measure(
+            Trained(context.base, run.adapter, recipe.train.method),
+            run.merged,
+            ggufs,
+            [(row.prompt_ids, row.completion_ids) for row in read_rows(run.eval_rows)],
+            recipe.certify,
+            run.folder / "engine.log",
+        )
+        write_json(run.certificate, certificate)
+        return {}
+
+    _stage("certify", context, work)
+    from pipeline.certify.verdict import refuse_if_missed
+
+    certificate = read_json(context.run.certificate)
+    say(json.dumps(certificate["artefacts"], indent=2))
+    refuse_if_missed(certificate)
+
+
+@app.command()
+def evaluate(target: Target, overrides: Sets = None) -> None:
+    """Ask held-out questions before and after, in both modes."""
+    context = _context(target, overrides)
+
+    def work(context: Context) -> dict[str, str]:
+        from pipeline.chat import Chat
+        from pipeline.evaluate.stage import evaluate as score
+        from pipeline.evaluate.stage import read_questions
+
+        run, recipe = context.run, context.recipe
+        questions = read_questions(Path(str(recipe.evaluate.questions)))
+        chat, log = Chat(context.base), run.folder / "engine.log"
+        gguf_format = recipe.export.gguf[-1]
+        files = {
+            "before": run.before / f"base-{gguf_format}.gguf",
+            "after": run.exports / f"{recipe.name}-{gguf_format}.gguf",
+        }
+        scores = {when: score(f, chat, questions, recipe.evaluate, log) for when, f in files.items()}
+        write_json(run.evaluation, scores)
+        return {}
+
+    _stage("evaluate", context, work)
+    _say_scores(read_json(context.run.evaluation))
+
+
+@app.command()
+def serve(
+    target: Annotated[Path, typer.Argument(help="A run folder or a .gguf file.")],
+    port: Annotated[int, typer.Option(help="0 takes any free port.")] = 8000,
+    engine: Annotated[str, typer.Option(help="llamacpp, or a llama.cpp server's URL.")] = "llamacpp",
+) -> None:
+    """Serve a run behind OpenRouter's chat API until Ctrl-C."""
+    from pipeline.serve.server import Settings
+    from pipeline.serve.server import serve as run_server
+
+    run_server(target, Settings(port=port, engine=engine), lambda url: say(f"serving at {url}"))
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="The server's base URL.")] = "http://127.0.0.1:8000/api/v1",
+    mode: Annotated[Literal["thinking", "direct"], typer.Option()] = "thinking",
+) -> None:
+    """Talk to a running server in the terminal."""
+    from rich.console import Console
+
+    from pipeline.serve.terminal import talk
+
+    talk(url, mode, Console())
+
+
+@app.command()
+def ask(
+    target: Annotated[Path, typer.Argument(help="A run folder or a .gguf file.")],
+    question: str,
+    system: Annotated[str, typer.Option(help="A system message to go before it.")] = "",
+) -> None:
+    """Serve a run, ask one question in both modes with the official openai client, stop."""
+    from pipeline.serve.ask import ask_both_modes
+
+    for mode, reasoning, answer in ask_both_modes(target, question, system):
+        say(f"\n{mode}: {question}")
+        if reasoning:
+            say(f"  (thinking) {reasoning}")
+        say(f"  {answer}")
+
+
+def _recipe(target: Path, overrides: list[str] | None) -> Recipe:
+    if target.is_dir():
+        return parse_recipe(read_json(Run(target).recipe), str(target))
+    return load_recipe(target, overrides or ())
+
+
+def _context(target: Path, overrides: list[str] | None) -> Context:
+    from pipeline.base.find import find_base
+
+    if target.is_dir() and overrides:
+        raise RecipeError("--set changes a recipe, not a finished run: name the recipe file")
+    recipe = _recipe(target, overrides)
+    run = Run(target) if target.is_dir() else Run.named(recipe.name)
+    if recipe.base.startswith("random:"):
+        base("random", recipe.base.removeprefix("random:"), Path("bases", recipe.base.replace(":", "-")))
+    found = find_base(recipe.base, recipe.revision)
+    write_json(run.recipe, recipe.model_dump(mode="json"))
+    if found.commit:
+        run.describe(base_commit=found.commit)
+    return Context(recipe, run, found.folder)
+
+
+def _stage(name: str, context: Context, work: Callable[[Context], dict[str, str]]) -> None:
+    """Run a stage, unless it is finished with the same inputs; say which, and the product's path."""
+    stage, run = find_stage(name), context.run
+    for earlier, changed in stale_before(name, context).items():
+        say(f"{earlier}: {', '.join(changed)} changed since it ran; run `pipeline {earlier}` again")
+    inputs = stage.inputs(context)
+    changed = run.changed(name, inputs)
+    product = stage.product(run)
+    if changed == [] and product.exists():
+        os.utime(product)  # for make, which goes by time
+        say(f"{name}: nothing to do, {product} was made from the same inputs")
+        return
+    if changed:
+        say(f"{name}: {', '.join(changed)} changed since it ran; running it again")
+    run.record(name, inputs, work(context))
+    say(str(product))
+
+
+def _say_scores(scores: dict[str, Any]) -> None:
+    say(f"{'':10}{'correct':>22}{'well-formed':>22}")
+    for mode in ("direct", "thinking"):
+        before, after = scores["before"][mode], scores["after"][mode]
+        for key, width in (("correct", f"{mode:10}"), ("well_formed", "")):
+            say(f"{width}{before[key]:>12.1%} ->{after[key]:>7.1%}", nl=key != "correct")
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one sentence and exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "transformers", "bitsandbytes", "accelerate", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    try:
+        app()
+    except PipelineError as error:
+        say(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        extra = "serve" if error.name in ("xllamacpp", "fastapi", "uvicorn", "aiohttp") else "train"
+        say(f"error: {error.name} is not installed: run pip install '.[{extra}]'", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say("interrupted", err=True)
+        sys.exit(130)

@@ -1,0 +1,76 @@
+"""llama.cpp as a child process of ours: spawned, listening on a socket, ended with us."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+STOP_TIMEOUT_S = 5
+
+
+@dataclass(frozen=True)
+class Child:
+    """A server process and the folder its socket lies in."""
+
+    process: asyncio.subprocess.Process
+    folder: Path
+    log: Path
+
+    @classmethod
+    async def start(cls, gguf: Path, slots: int, context_tokens: int, log: Path) -> "Child":
+        """Spawn it; it is not ready yet. What it says is appended to `log`."""
+        folder = Path(tempfile.mkdtemp(prefix="llamacpp-"))
+        command = ["-m", "pipeline.engine.llamacpp_child", "--gguf", str(gguf.resolve())]
+        command += ["--socket", str(_socket(folder)), "--slots", str(slots)]
+        command += ["--context-tokens", str(context_tokens)]
+        # This package need not be installed for the child to find it.
+        root = str(Path(__file__).parents[2])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *command,
+                # The child ends when this pipe does: also when this process is killed.
+                stdin=asyncio.subprocess.PIPE,
+                stdout=file,
+                stderr=file,
+                env={**os.environ, "PYTHONPATH": path},
+                # Ctrl-C in a terminal reaches a whole group; we decide when the child ends.
+                start_new_session=True,
+            )
+        return cls(process, folder, log)
+
+    @property
+    def socket(self) -> Path:
+        """Where it listens."""
+        return _socket(self.folder)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the process has ended."""
+        return self.process.returncode is not None
+
+    def kill(self) -> None:
+        """End it at once; while it loads a model it hears of nothing else."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+
+    async def end(self) -> None:
+        """Ask it to end, then make it; its socket goes too."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        try:
+            await asyncio.wait_for(self.process.wait(), STOP_TIMEOUT_S)
+        except TimeoutError:
+            self.kill()
+            await self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _socket(folder: Path) -> Path:
+    return folder / "engine.sock"

@@ -1,0 +1,1 @@
+"""Before and after: how well a checkpoint answers."""

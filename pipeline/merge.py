@@ -1,0 +1,183 @@
+"""Base plus adapter to one checkpoint, streamed tensor by tensor: W + s·BA, nothing else changed."""
+
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pipeline.base.checkpoint import (
+    DTYPES,
+    Tensor,
+    copy_blocks,
+    read_header,
+    read_layout,
+    read_rows,
+    read_tensor,
+    tensor_bytes,
+    write_shard,
+)
+from pipeline.base.nf4 import as_trained, quantised_weights
+from pipeline.errors import RunError
+from pipeline.run import fresh_folder, publish
+
+log = logging.getLogger(__name__)
+
+Dtype = Literal["bfloat16", "float32"]
+_STORED: dict[Dtype, str] = {"bfloat16": "BF16", "float32": "F32"}
+_BLOCK_VALUES = 8 << 20  # 64 MiB of float64
+_PREFIX = "base_model.model."
+# What else PEFT can put into an adapter; each would need arithmetic that is not here.
+_UNSUPPORTED = ("use_dora", "use_rslora", "modules_to_save", "trainable_token_indices", "rank_pattern")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The factors of one adapted weight: W' = W + scale · B A."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+
+def merge(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    method: Literal["lora", "qlora"] = "lora",
+    dtype: Dtype = "bfloat16",
+) -> None:
+    """Write the merged checkpoint in the base's own layout.
+
+    For qlora the target is the base as trained: its weights quantised to NF4 and back. Sums are
+    taken in float64 and rounded once to float32, then to `dtype`. Raises RunError for an adapter
+    that does not fit, and for a disk that is too small; nothing is left under `out` then.
+    """
+    layout = read_layout(base)
+    factors = read_adapter(adapter)
+    tensors = {tensor.name: tensor for shard in layout.values() for tensor in shard}
+    _check_fit(factors, tensors, adapter, base)
+    _check_space(sum(t.num_bytes for t in tensors.values()), out, dtype)
+    quantised = quantised_weights(base) if method == "qlora" else frozenset()
+    temporary = fresh_folder(out)
+    try:
+        for number, (name, shard) in enumerate(layout.items(), start=1):
+            changed = [t for t in shard if t.name in factors or t.name in quantised]
+            log.info("shard %d of %d: %d weights to merge", number, len(layout), len(changed))
+            shapes = {t.name: (_stored(t, changed, dtype), t.shape) for t in shard}
+            blocks = (
+                block
+                for tensor in shard
+                for block in (
+                    _merged_blocks(tensor, factors.get(tensor.name), tensor.name in quantised, dtype)
+                    if tensor in changed
+                    else copy_blocks(tensor)
+                )
+            )
+            write_shard(temporary / name, shapes, blocks)
+        _copy_other_files(base, temporary, set(layout))
+        publish(temporary, out)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise RunError(f"the disk is full; {out} was not written, free some space") from error
+        raise RunError(f"{out} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_adapter(adapter: Path) -> dict[str, Lora]:
+    """The factors of a PEFT LoRA adapter by the name of the weight they change.
+
+    Raises RunError for a kind of adapter that cannot be merged here, and for values that are not
+    finite.
+    """
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(f"{adapter} is not an adapter: adapter_config.json is missing") from error
+    kinds = [name for name in _UNSUPPORTED if config.get(name)]
+    if config.get("peft_type") != "LORA" or kinds:
+        raise RunError(f"{adapter} is not a plain LoRA adapter: {', '.join(kinds) or 'other type'}")
+    scale = config["lora_alpha"] / config["r"]
+    weights = _read_adapter_weights(adapter)
+    modules = [name.removesuffix(".lora_A.weight") for name in weights if ".lora_A." in name]
+    if 2 * len(modules) != len(weights):
+        raise RunError(f"{adapter} holds weights that are no LoRA factors")
+    return {
+        module.removeprefix(_PREFIX) + ".weight": Lora(
+            weights[f"{module}.lora_A.weight"], weights[f"{module}.lora_B.weight"], scale
+        )
+        for module in modules
+    }
+
+
+def _read_adapter_weights(adapter: Path) -> dict[str, torch.Tensor]:
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file():
+        raise RunError(f"{adapter} has no {file.name}; only safetensors adapters are read")
+    weights = {tensor.name: read_tensor(tensor) for tensor in read_header(file)}
+    for name, values in weights.items():
+        if not torch.isfinite(values).all():
+            raise RunError(f"{adapter}: {name} holds values that are not finite; train again")
+    return weights
+
+
+def _check_fit(
+    factors: dict[str, Lora], tensors: dict[str, Tensor], adapter: Path, base: Path
+) -> None:
+    for name, lora in factors.items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape != (lora.b.shape[0], lora.a.shape[1]):
+            found = "is missing" if tensor is None else f"is {tensor.shape}"
+            raise RunError(
+                f"{adapter} was not made for {base}: {name} {found} there, the adapter is for "
+                f"{(lora.b.shape[0], lora.a.shape[1])}"
+            )
+
+
+def _check_space(base_bytes: int, out: Path, dtype: Dtype) -> None:
+    needed = base_bytes * (2 if dtype == "float32" else 1)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise RunError(
+            f"{out} needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free"
+        )
+
+
+def _stored(tensor: Tensor, changed: list[Tensor], dtype: Dtype) -> str:
+    return _STORED[dtype] if tensor in changed else tensor.dtype
+
+
+def _merged_blocks(
+    tensor: Tensor, lora: Lora | None, is_quantised: bool, dtype: Dtype
+) -> Iterator[memoryview]:
+    # NF4's double quantisation needs the whole tensor; without it rows come one block at a time.
+    whole = as_trained(read_tensor(tensor)) if is_quantised else None
+    rows = max(1, _BLOCK_VALUES // tensor.shape[1])
+    for first in range(0, tensor.shape[0], rows):
+        last = min(first + rows, tensor.shape[0])
+        block = (read_rows(tensor, first, last) if whole is None else whole[first:last]).double()
+        if lora is not None:
+            block += lora.scale * (lora.b[first:last].double() @ lora.a.double())
+        yield tensor_bytes(block.float().to(DTYPES[_STORED[dtype]]))
+
+
+def _copy_other_files(base: Path, out: Path, shards: set[str]) -> None:
+    for path in base.iterdir():
+        if path.is_file() and path.name not in shards and path.name != "base.json":
+            shutil.copyfile(path, out / path.name)
+    config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    # transformers 4 reads rope_theta, transformers 5 rope_parameters; an engine that finds only the
+    # other one falls back to a theta of 10,000 without a word.
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+    elif "rope_theta" in config:
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,47 @@
+"""One question to a run, as a client would ask it: a server of its own, the official client."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from openai import OpenAI
+
+from pipeline.chat import Mode
+from pipeline.errors import EngineError
+
+MODES: tuple[Mode, ...] = ("thinking", "direct")
+
+
+def ask_both_modes(
+    target: Path, question: str, system: str
+) -> Iterator[tuple[Mode, str | None, str]]:
+    """Mode, reasoning and answer of a question in each mode; the server is stopped at the end."""
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": question})
+    with _server(target) as url, OpenAI(base_url=url, api_key="none") as client:
+        for mode in MODES:
+            completion = client.chat.completions.create(
+                model=client.models.list().data[0].id,
+                messages=messages,  # type: ignore[arg-type]
+                max_tokens=256,
+                temperature=0,
+                extra_body={"reasoning": {"enabled": mode == "thinking"}},
+            )
+            message = completion.choices[0].message
+            yield mode, getattr(message, "reasoning", None), message.content or ""
+
+
+@contextmanager
+def _server(target: Path) -> Iterator[str]:
+    command = [sys.executable, "-m", "pipeline", "serve", str(target), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            line = server.stdout.readline()
+            if not line.startswith("serving at "):
+                raise EngineError(f"the server of {target} did not start; its reason stands above")
+            yield line.removeprefix("serving at ").strip()
+        finally:
+            server.terminate()

@@ -1,0 +1,94 @@
+"""One HTTP request and its response, on bare ASGI."""
+
+import asyncio
+from collections.abc import Coroutine, Mapping
+from typing import Any
+
+import orjson
+from starlette.types import Message, Receive, Scope, Send
+
+from pipeline.errors import RequestError
+
+MAX_BODY_BYTES = 8 * 2**20
+
+
+class HungUp(Exception):
+    """The client has gone; nobody is left to answer."""
+
+
+class Exchange:
+    """What the client sent, and what it has been sent so far."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        self.is_started = False
+        """Whether the status is out, so that no other can be sent."""
+        self.last_write_s = 0.0
+        """When something was last sent, by the event loop's clock."""
+        self._receive = receive
+        self._send = send
+
+    async def read_body(self) -> bytes:
+        """The request's body; RequestError 413 as soon as it is too long."""
+        body = bytearray()
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise HungUp
+            body += message.get("body", b"")
+            if len(body) > MAX_BODY_BYTES:
+                what = f"the body is larger than {MAX_BODY_BYTES} bytes"
+                raise RequestError(what, 413, "payload_too_large")
+            if not message.get("more_body"):
+                return bytes(body)
+
+    async def begin(self, status: int, content_type: str, headers: Mapping[str, str]) -> None:
+        """Send status and headers."""
+        named = {"content-type": content_type, **headers}
+        self.is_started = True
+        await self._write(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [(name.lower().encode(), text.encode()) for name, text in named.items()],
+            }
+        )
+
+    async def write(self, body: bytes, more: bool = True) -> None:
+        """Send a part of the body."""
+        await self._write({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def answer(self, value: Any, status: int, headers: Mapping[str, str]) -> None:
+        """Send the whole response, as JSON."""
+        body = orjson.dumps(value)
+        length = {"content-length": str(len(body))}
+        await self.begin(status, "application/json", {**headers, **length})
+        await self.write(body, more=False)
+
+    async def unless_hung_up(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do the work, or drop it at once and raise HungUp when the client goes.
+
+        Only after `read_body`: it takes what the client sends from then on.
+        """
+        working = asyncio.ensure_future(work)
+        watching = asyncio.ensure_future(self._wait_for_disconnect())
+        try:
+            await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise HungUp
+            working.result()
+        finally:
+            working.cancel()
+            watching.cancel()
+            await asyncio.gather(working, watching, return_exceptions=True)
+
+    async def _wait_for_disconnect(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def _write(self, message: Message) -> None:
+        try:
+            await self._send(message)
+        except OSError as error:  # what newer ASGI servers raise once the client has gone
+            raise HungUp from error
+        self.last_write_s = asyncio.get_running_loop().time()

@@ -1,0 +1,78 @@
+"""Fixtures more than one test file needs."""
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+from scripted import ScriptedEngine
+
+from pipeline.base.dialogue import write_byte_tokenizer
+from pipeline.base.make import make_base
+from pipeline.chat import Chat
+from pipeline.export import export_gguf
+from pipeline.serve.app import App
+from pipeline.serve.catalog import Catalog, Served
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tokenizer.json and chat_template.jinja."""
+    folder = tmp_path_factory.mktemp("chat")
+    write_byte_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat(chat_folder: Path) -> Chat:
+    return Chat(chat_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base `tiny`: a random Qwen3 with a byte vocabulary."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny"
+    make_base("tiny", "", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a GGUF file, with its tokenizer and template beside it."""
+    folder = tmp_path_factory.mktemp("gguf") / "exports"
+    export_gguf(tiny_base, folder, "tiny", ["bf16"])
+    return folder / "tiny-bf16.gguf"
+
+
+Serving = Callable[..., contextlib.AbstractContextManager[str]]
+
+
+@pytest.fixture
+def serving(chat: Chat) -> Serving:
+    """A scripted engine behind the real application and a real uvicorn; gives its address."""
+
+    @contextlib.contextmanager
+    def serve(engine: ScriptedEngine, keep_alive_s: float = 10.0) -> Iterator[str]:
+        app = App(Catalog([Served("tiny", chat, engine, 1767225600)]), keep_alive_s)
+        config = uvicorn.Config(
+            app, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=1
+        )
+        server = uvicorn.Server(config)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+            runner = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
+            runner.start()
+            try:
+                yield f"http://127.0.0.1:{port}"
+            finally:
+                server.should_exit = True
+                runner.join()
+
+    return serve

@@ -1,0 +1,56 @@
+"""The Splitter: one text, one parse, however it comes in."""
+
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.chat import Mode, Piece, Splitter, parse_reply
+
+BITS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "\n", "a", "<", "<th", ">", '{"b":1}']
+texts = st.lists(st.sampled_from(BITS), max_size=14).map("".join)
+modes = st.sampled_from(["thinking", "direct"])
+
+
+def split(chunks: list[str], mode: Mode) -> list[Piece]:
+    """Neighbouring pieces of one channel joined; calls stay apart."""
+    splitter = Splitter(mode)
+    pieces = [piece for chunk in chunks for piece in splitter.feed(chunk)] + splitter.finish()
+    joined: list[Piece] = []
+    for piece in pieces:
+        if joined and piece.channel != "call" and joined[-1].channel == piece.channel:
+            joined[-1] = Piece(piece.channel, joined[-1].text + piece.text)
+        else:
+            joined.append(piece)
+    return joined
+
+
+@given(texts, modes, st.data())
+def test_chunk_boundaries_change_nothing(text: str, mode: Mode, data: st.DataObject) -> None:
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
+    edges = [0, *cuts, len(text)]
+    chunks = [text[a:b] for a, b in pairwise(edges)]
+
+    assert split(chunks, mode) == split([text], mode)
+
+
+@given(texts, modes)
+def test_no_tag_is_ever_in_reasoning_or_answer(text: str, mode: Mode) -> None:
+    for piece in split(list(text), mode):
+        if piece.channel != "call":
+            assert not any(tag in piece.text for tag in BITS[:4])
+
+
+def test_a_reply_comes_apart_into_reasoning_answer_and_calls() -> None:
+    text = (
+        '<think>\nhm\n</think>\n\nLook:\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    )
+
+    reply = parse_reply(text, "thinking")
+
+    assert (reply.reasoning, reply.answer) == ("hm", "Look:")
+    assert [(call.name, call.arguments) for call in reply.calls] == [("f", "{}")]
+
+
+def test_reasoning_in_direct_mode_is_answer() -> None:
+    assert parse_reply("<think>\nhm\n</think>\n\nyes", "direct").reasoning == ""

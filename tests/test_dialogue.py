@@ -1,0 +1,202 @@
+"""Orders and events, over a scripted engine."""
+
+import asyncio
+from contextlib import aclosing
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scripted import ScriptedEngine
+
+from pipeline.chat import Chat
+from pipeline.errors import RequestError
+from pipeline.serve.catalog import Served
+from pipeline.serve.dialogue import Called, Ended, Event, Said, StopStrings, answer
+from pipeline.serve.order import Order, decide
+from pipeline.serve.request import ChatRequest
+
+USER = {"role": "user", "content": "hi"}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+
+
+@pytest.fixture
+def order(chat: Chat) -> Any:
+    def place(**fields: Any) -> Order:
+        request = ChatRequest.model_validate({"messages": [USER], **fields})
+        return decide(request, Served("tiny", chat, ScriptedEngine(), 0))
+
+    return place
+
+
+def run(order: Order, engine: ScriptedEngine) -> list[Event]:
+    async def gather() -> list[Event]:
+        async with aclosing(answer(order, engine)) as events:
+            return [event async for event in events]
+
+    return asyncio.run(gather())
+
+
+def text(events: list[Event], channel: str) -> str:
+    return "".join(e.text for e in events if isinstance(e, Said) and e.channel == channel)
+
+
+def end(events: list[Event]) -> Ended:
+    assert isinstance(events[-1], Ended)
+    return events[-1]
+
+
+def test_thinking_is_the_default_and_has_its_sampling(order: Any) -> None:
+    placed = order()
+
+    assert placed.mode == "thinking"
+    sampling = placed.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.6, 0.95, 20)
+    assert sampling.max_tokens == 1000 - len(placed.prompt_ids)
+
+
+@pytest.mark.parametrize("reasoning", [{"enabled": False}, {"effort": "none"}, {"max_tokens": 0}])
+def test_thinking_can_be_switched_off(order: Any, reasoning: dict[str, Any]) -> None:
+    placed = order(reasoning=reasoning, temperature=1)
+
+    assert placed.mode == "direct"
+    assert (placed.sampling.temperature, placed.sampling.top_p) == (1.0, 0.8)
+    assert placed.ignored == ()
+    assert order(reasoning_effort="none").mode == "direct"
+
+
+def test_reasoning_is_counted_through_its_end_tag(order: Any) -> None:
+    chunks = ["<think>", "\n", "hm", "\n", "</think>", "\n\n", "yes"]
+
+    events = run(order(), ScriptedEngine(chunks))
+
+    assert (text(events, "reasoning"), text(events, "answer")) == ("hm", "yes")
+    usage = end(events).usage
+    assert (usage.reasoning_tokens, usage.completion_tokens, usage.cached_tokens) == (5, 8, 3)
+    assert end(events).finish == "stop"
+
+
+def test_a_stop_string_ends_the_answer_but_not_the_reasoning(order: Any) -> None:
+    engine = ScriptedEngine(["<think>", "STOP", "</think>", "a S", "TO", "x ST", "OP", "b", "c"])
+
+    events = run(order(stop="STOP"), engine)
+
+    assert (text(events, "reasoning"), text(events, "answer")) == ("STOP", "a STOx ")
+    assert end(events).finish == "stop"
+    assert (engine.num_given, engine.num_open) == (7, 0)
+
+
+def test_calls_are_events_and_the_finish(order: Any) -> None:
+    engine = ScriptedEngine(["Look:\n", CALL, "\n", CALL])
+
+    events = run(order(tools=[TOOL]), engine)
+
+    calls = [event for event in events if isinstance(event, Called)]
+    assert [(call.index, call.call.arguments) for call in calls] == [
+        (0, '{"a": 1}'),
+        (1, '{"a": 1}'),
+    ]
+    assert text(events, "answer") == "Look:"
+    assert (end(events).finish, end(events).native_finish) == ("tool_calls", "stop")
+
+
+def test_one_call_at_most_where_parallel_calls_are_unwanted(order: Any) -> None:
+    events = run(order(tools=[TOOL], parallel_tool_calls=False), ScriptedEngine([CALL, CALL]))
+
+    assert sum(isinstance(event, Called) for event in events) == 1
+    assert end(events).finish == "tool_calls"
+
+
+def test_text_held_back_for_a_stop_is_not_lost_behind_a_call(order: Any) -> None:
+    placed = order(tools=[TOOL], stop="!!", parallel_tool_calls=False)
+
+    assert text(run(placed, ScriptedEngine(["Look!", CALL])), "answer") == "Look!"
+
+
+@pytest.mark.parametrize("fields", [{}, {"tools": [TOOL], "tool_choice": "none"}])
+def test_a_call_nobody_can_answer_is_text(order: Any, fields: dict[str, Any]) -> None:
+    events = run(order(**fields), ScriptedEngine([CALL]))
+
+    assert '"name": "f"' in text(events, "answer")
+    assert end(events).finish == "stop"
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "words"),
+    [
+        ({"n": 2}, 400, "only one choice"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"modalities": ["text", "image"]}, 404, "output modalities: image, text"),
+        ({"tool_choice": "required"}, 404, "support the provided 'tool_choice' value."),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, 404, "tool_choice"),
+        ({"messages": [USER, {"role": "assistant", "content": "x"}]}, 400, "prefill"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            404,
+            "No endpoints found that support image input",
+        ),
+        ({"reasoning": {"effort": "low", "max_tokens": 5}}, 400, "Only one of"),
+        ({"reasoning": {"effort": "low"}, "reasoning_effort": "high"}, 400, "differ"),
+        ({"max_tokens": 1000}, 400, "maximum context length is 1000 tokens"),
+        ({"messages": [{"role": "user", "content": "x" * 1000}]}, 400, "maximum context length"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(
+    order: Any, fields: dict[str, Any], status: int, words: str
+) -> None:
+    with pytest.raises(RequestError, match=words) as caught:
+        order(**fields)
+
+    assert caught.value.status == status
+
+
+def test_what_is_ignored_is_named(order: Any) -> None:
+    placed = order(
+        reasoning={"max_tokens": 9, "summary": "auto"}, logprobs=True, top_a=0.1, user="me", zz=None
+    )
+
+    assert set(placed.ignored) == {"logprobs", "top_a", "reasoning.max_tokens", "reasoning.summary"}
+    assert order(reasoning={"effort": "high"}).ignored == ("reasoning.effort",)
+
+
+BITS = ["<think>", "</think>", "\n", "a", "STO", "P", "<tool_call>", "</tool_call>", CALL]
+
+
+@given(st.lists(st.sampled_from(BITS), max_size=10).map("".join), st.data())
+def test_events_do_not_depend_on_chunks(chat: Chat, spoken: str, data: st.DataObject) -> None:
+    fields = {"messages": [USER], "tools": [TOOL], "stop": "STOP"}
+    served = Served("tiny", chat, ScriptedEngine(), 0)
+    placed = decide(ChatRequest.model_validate(fields), served)
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(spoken)))))
+    chunks = [spoken[a:b] for a, b in pairwise([0, *cuts, len(spoken)])]
+
+    one, many = run(placed, ScriptedEngine([spoken])), run(placed, ScriptedEngine(chunks))
+
+    for channel in ("reasoning", "answer"):
+        assert text(one, channel) == text(many, channel)
+    calls = [[event for event in events if isinstance(event, Called)] for events in (one, many)]
+    assert calls[0] == calls[1]
+    assert end(one).finish == end(many).finish
+    assert "STOP" not in text(one, "answer")
+
+
+@given(
+    st.text("abc", max_size=20),
+    st.lists(st.text("abc", min_size=1, max_size=4), max_size=4),
+    st.integers(0, 20),
+)
+def test_stops_do_not_depend_on_chunks(spoken: str, stops: list[str], cut: int) -> None:
+    def heard(chunks: list[str]) -> str:
+        strings = StopStrings(tuple(stops))
+        said = ""
+        for chunk in chunks:
+            said += strings.feed(chunk)
+            if strings.is_met:
+                return said
+        return said + strings.finish()
+
+    whole = heard([spoken])
+    assert heard([spoken[:cut], spoken[cut:]]) == heard(list(spoken)) == whole
+    assert not any(stop in whole for stop in stops)

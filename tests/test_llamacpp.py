@@ -1,0 +1,239 @@
+"""The engine over llama.cpp: against a fake of its dialect, and against the real one."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from pipeline.chat import Chat
+from pipeline.engine.llamacpp import LlamaCpp
+from pipeline.engine.protocol import Delta, Sampling
+from pipeline.errors import EngineError
+
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+GREEDY = Sampling(max_tokens=12, temperature=0.0)
+
+
+@asynccontextmanager
+async def fake(answer: Answer) -> AsyncIterator[LlamaCpp]:
+    """An engine at a URL whose /completion is `answer`."""
+
+    async def props(_: web.Request) -> web.Response:
+        return web.json_response({"default_generation_settings": {"n_ctx": 64}})
+
+    app = web.Application()
+    app.add_routes([web.get("/props", props), web.post("/completion", answer)])
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0][:2]
+    try:
+        async with await LlamaCpp.at(f"http://{host}:{port}/") as engine:
+            yield engine
+    finally:
+        await runner.cleanup()
+
+
+async def gather(engine: LlamaCpp, prompt_ids: list[int], sampling: Sampling) -> list[Delta]:
+    return [delta async for delta in engine.generate(prompt_ids, sampling)]
+
+
+def streamed(*parts: bytes) -> Answer:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for part in parts:
+            await response.write(part)
+            await asyncio.sleep(0.01)
+        return response
+
+    return answer
+
+
+def event(text: str, num_tokens: int, **others: Any) -> bytes:
+    value = {"content": text, "stop": False, "tokens_predicted": num_tokens, "tokens_evaluated": 2}
+    return b"data: " + web.json_response(value | others).body + b"\n\n"  # type: ignore[operator]
+
+
+def test_events_become_deltas_however_the_connection_cuts_them() -> None:
+    last = event("", 4, stop=True, stop_type="eos", timings={"cache_n": 1})
+    whole = event("Ä", 2) + b": a comment\n\n" + event("b", 3) + last
+
+    async def check() -> None:
+        async with fake(streamed(whole[:40], whole[40:41], whole[41:])) as engine:
+            assert engine.context_tokens == 64
+            deltas = await gather(engine, [5, 6], GREEDY)
+        assert [(delta.text, delta.num_tokens) for delta in deltas] == [("Ä", 2), ("b", 1), ("", 1)]
+        assert deltas[-1] == Delta("", 1, "stop", 2, 1, 4)
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (streamed(event("a", 1)), "ended its answer too early"),
+        (streamed(b'error: {"error": {"message": "out of memory"}}\n\n'), "out of memory"),
+        (streamed(b"data: nonsense\n\n"), "not a JSON object"),
+        (streamed(b'data: {"content": "a"}\n\n'), "not a completion"),
+    ],
+)
+def test_a_broken_answer_is_one_sentence(answer: Answer, words: str) -> None:
+    async def check() -> None:
+        async with fake(answer) as engine:
+            with pytest.raises(EngineError, match=words):
+                await gather(engine, [5], GREEDY)
+
+    asyncio.run(check())
+
+
+def test_a_refusal_and_a_dropped_connection_are_one_sentence() -> None:
+    async def refuse(_: web.Request) -> web.StreamResponse:
+        return web.json_response({"error": {"message": "too long"}}, status=400)
+
+    async def drop(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+
+    async def check() -> None:
+        async with fake(refuse) as engine:
+            with pytest.raises(EngineError, match=r"too long \(400\)"):
+                await gather(engine, [5], GREEDY)
+        async with fake(drop) as engine:
+            with pytest.raises(EngineError, match="does not answer"):
+                await gather(engine, [5], GREEDY)
+
+    asyncio.run(check())
+
+
+def test_every_sampling_parameter_is_sent() -> None:
+    asked: list[dict[str, Any]] = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        asked.append(await request.json())
+        return await streamed(event("", 1, stop=True, stop_type="limit"))(request)
+
+    async def check() -> None:
+        async with fake(answer) as engine:
+            sampling = Sampling(9, 0.5, 0.9, 20, 0.1, 0.2, 0.3, 1.1, seed=-1)
+            deltas = await gather(engine, [5], sampling)
+        assert deltas[-1].finish == "length"
+
+    asyncio.run(check())
+    sent = asked[0]
+    assert (sent["n_predict"], sent["temperature"], sent["top_p"]) == (9, 0.5, 0.9)
+    assert (sent["top_k"], sent["min_p"], sent["repeat_penalty"]) == (20, 0.1, 1.1)
+    assert (sent["frequency_penalty"], sent["presence_penalty"]) == (0.2, 0.3)
+    assert 0 <= sent["seed"] < 2**32 - 1
+
+
+def test_nobody_at_the_address_is_one_sentence() -> None:
+    with pytest.raises(EngineError, match="does not answer"):
+        asyncio.run(LlamaCpp.at("http://127.0.0.1:9"))
+
+
+def test_a_missing_or_broken_file_is_one_sentence(tmp_path: Path) -> None:
+    async def start(gguf: Path) -> None:
+        await LlamaCpp.start(gguf, slots=1, context_tokens=64, log=tmp_path / "log")
+
+    with pytest.raises(EngineError, match="is missing"):
+        asyncio.run(start(tmp_path / "none.gguf"))
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"not a model")
+    with pytest.raises(EngineError, match="did not start"):
+        asyncio.run(start(broken))
+
+
+def test_the_real_engine(tiny_gguf: Path, tmp_path: Path) -> None:
+    """One start for everything that is asked of the real one."""
+    chat = Chat(tiny_gguf.parent)
+
+    async def check() -> None:
+        async with await LlamaCpp.start(
+            tiny_gguf, slots=2, context_tokens=256, log=tmp_path / "log"
+        ) as engine:
+            assert engine.context_tokens == 256
+            assert await engine.is_healthy()
+            await _counts_and_repeats(engine, chat)
+            await _gives_logprobs(engine, chat)
+            await _is_cancelled_by_closing(engine)
+            with pytest.raises(EngineError, match="context size"):
+                await gather(engine, [5] * 300, GREEDY)
+            pid = engine._child.process.pid if engine._child else 0
+        assert not Path(f"/proc/{pid}").exists()
+
+    asyncio.run(check())
+
+
+async def _counts_and_repeats(engine: LlamaCpp, chat: Chat) -> None:
+    prompt_ids = chat.encode("Hello, world")
+    first, second = [await gather(engine, prompt_ids, GREEDY) for _ in range(2)]
+    assert "".join(d.text for d in first) == "".join(d.text for d in second)
+    assert first[-1].num_prompt_tokens == len(prompt_ids)
+    assert second[-1].num_cached_tokens == len(prompt_ids) - 1
+    assert sum(d.num_tokens for d in first) == first[-1].num_completion_tokens <= 12
+    seeded = [await gather(engine, prompt_ids, Sampling(12, seed=7)) for _ in range(2)]
+    assert seeded[0][-1].finish == seeded[1][-1].finish
+    assert "".join(d.text for d in seeded[0]) == "".join(d.text for d in seeded[1])
+
+
+async def _gives_logprobs(engine: LlamaCpp, chat: Chat) -> None:
+    logprobs = await engine.next_token_logprobs(chat.encode("Hello"), 5)
+    assert len(logprobs) == 5
+    assert all(value < 0 for value in logprobs.values())
+    assert sorted(logprobs.values(), reverse=True) == list(logprobs.values())
+
+
+async def _is_cancelled_by_closing(engine: LlamaCpp) -> None:
+    async def is_idle() -> bool:
+        async with engine._session.get("http://llama.cpp/slots") as response:
+            return not any(slot["is_processing"] for slot in await response.json())
+
+    endless = Sampling(max_tokens=200, temperature=2.0)
+    async with aclosing(engine.generate([5, 6, 7], endless)) as deltas:
+        await anext(deltas)
+    begin = time.monotonic()
+    while not await is_idle():
+        assert time.monotonic() - begin < 1
+        await asyncio.sleep(0.01)
+
+
+ORPHAN = """
+import asyncio, sys
+from pathlib import Path
+from pipeline.engine.llamacpp import LlamaCpp
+
+async def main():
+    log = Path(sys.argv[2])
+    engine = await LlamaCpp.start(Path(sys.argv[1]), slots=1, context_tokens=64, log=log)
+    sys.stdout.write(f"{engine._child.process.pid} {engine._child.folder}\\n")
+    sys.stdout.flush()
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def test_no_orphan_is_left_when_we_are_killed(tiny_gguf: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ORPHAN, str(tiny_gguf), str(tmp_path / "log")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as parent:
+        assert parent.stdout is not None
+        pid, folder = parent.stdout.readline().split()
+        assert Path(f"/proc/{pid}").exists()
+        parent.send_signal(signal.SIGKILL)
+    begin = time.monotonic()
+    while Path(f"/proc/{pid}").exists() or Path(folder).exists():
+        assert time.monotonic() - begin < 5
+        time.sleep(0.05)

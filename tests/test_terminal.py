@@ -1,0 +1,54 @@
+"""`pipeline chat` against the real application."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+from scripted import ScriptedEngine
+
+from pipeline.chat import Chat
+from pipeline.errors import PipelineError
+from pipeline.serve.terminal import talk
+
+THOUGHT = ["<think>", "\nhm\n", "</think>", "\n\n", "[bold]yes[/bold]"]
+
+
+def test_replies_are_printed_and_history_is_kept(
+    serving: Any, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
+    shown = Console(file=io.StringIO(), width=80)
+    engine = ScriptedEngine(THOUGHT)
+
+    with serving(engine) as base:
+        talk(f"{base}/api/v1", "thinking", shown)
+
+    assert shown.file.getvalue().count("hm\n\n[bold]yes[/bold]") == 2  # type: ignore[attr-defined]
+    prompts = [chat.decode(prompt_ids) for prompt_ids, _ in engine.asked]
+    assert len(prompts) == 2
+    assert "one<|im_end|>" in prompts[1]
+    assert "[bold]yes[/bold]<|im_end|>" in prompts[1]
+
+
+def test_direct_mode_is_asked_for(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
+    engine = ScriptedEngine(["yes"])
+    with serving(engine) as base:
+        talk(f"{base}/api/v1", "direct", Console(file=io.StringIO()))
+
+    assert engine.asked[0][1].temperature == 0.7
+
+
+def test_no_server_a_wrong_address_and_a_refusal_are_one_sentence(
+    serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(file=io.StringIO())
+    with pytest.raises(PipelineError, match="no server answers"):
+        talk("http://127.0.0.1:9/api/v1", "direct", console)
+    with serving(ScriptedEngine(fails_at=0)) as base:
+        with pytest.raises(PipelineError, match="ends in /api/v1"):
+            talk(base, "direct", console)
+        monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
+        with pytest.raises(PipelineError, match="Provider returned error"):
+            talk(f"{base}/api/v1", "direct", console)
