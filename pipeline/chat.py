@@ -1,4 +1,4 @@
-"""The only file that knows Qwen3's dialogue: conversation to rows, text to reasoning, answer, calls.
+"""The only file that knows Qwen3's dialogue: conversation to turns, text to reasoning and answer.
 
 Training, evaluation and serving all render and parse here, so they cannot differ. Nothing here
 needs torch or transformers: the checkpoint's own template runs in Jinja2's sandbox, its own
@@ -58,7 +58,7 @@ class Chat:
         added = self.tokenizer.get_added_tokens_decoder()
         self._literals = [_ESCAPE, *(token.content for token in added.values())]
         self._literal_pattern = re.compile("|".join(re.escape(t) for t in self._literals))
-        # Cut after its first character no literal is matched whole, so none of these ids is control.
+        # Cut after its first character no literal is matched whole: none of these ids is control.
         self._literal_ids = [self._encode(t[:1]) + self._encode(t[1:]) for t in self._literals]
         self.end_of_turn_id = self.token_id(END_OF_TURN)
 
@@ -108,6 +108,11 @@ class Chat:
         """Text of ids, control tokens visible."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
+    def normalize(self, text: str) -> str:
+        """A text as the tokenizer reads it: Qwen3's composes accents (NFC)."""
+        normalizer = self.tokenizer.normalizer
+        return str(normalizer.normalize_str(text)) if normalizer else text
+
     def prompt_ids(
         self, messages: Sequence[Message], tools: Sequence[Any] | None, mode: Mode
     ) -> list[int]:
@@ -118,8 +123,8 @@ class Chat:
         """Each assistant turn as inference would meet it (design law 1).
 
         The prompt is the official render of everything before the turn, with the generation prompt
-        of the turn's own mode: thinking if it has reasoning, else direct. The completion is what the
-        official render of the turn adds to that. An assistant turn before any user turn is context.
+        of the turn's own mode: thinking if it has reasoning, else direct. The completion is what
+        the official render of the turn adds to that. An assistant turn before any user turn is context.
         Raises DataError where the template's text does not begin with its own prompt.
         """
         asked = False
@@ -170,7 +175,9 @@ def prepare_message(message: Message) -> Message:
     prepared: Message = {"role": role, "content": text_of(message.get("content"))}
     if role != "assistant":
         return prepared
-    prepared["reasoning_content"] = reasoning_of(message)
+    # Blank reasoning is none: the template would write it into the block of a direct turn.
+    reasoning = reasoning_of(message)
+    prepared["reasoning_content"] = reasoning if reasoning.strip() else ""
     calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
     if calls:
         prepared["tool_calls"] = [

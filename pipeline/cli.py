@@ -26,6 +26,9 @@ Sets = Annotated[
     list[str] | None, typer.Option("--set", help="Override a recipe key: train.steps=2.")
 ]
 say = typer.echo
+# Which extra of pyproject.toml brings a missing package; all others are in "train".
+EXTRAS = dict.fromkeys(("aiohttp", "orjson", "rich", "starlette", "uvicorn", "xllamacpp"), "serve")
+EXTRAS["openai"] = "dev"
 
 
 @app.command()
@@ -152,7 +155,9 @@ def certify(target: Target, overrides: Sets = None) -> None:
         from pipeline.data.store import read_rows
 
         run, recipe = context.run, context.recipe
-        ggufs = {f: run.exports / f"{recipe.name}-{f}.gguf" for f in recipe.export.gguf}
+        ggufs: dict[str, Path] = {
+            f: run.exports / f"{recipe.name}-{f}.gguf" for f in recipe.export.gguf
+        }
         certificate = measure(
             Trained(context.base, run.adapter, recipe.train.method),
             run.merged,
@@ -190,7 +195,9 @@ def evaluate(target: Target, overrides: Sets = None) -> None:
             "before": run.before / f"base-{gguf_format}.gguf",
             "after": run.exports / f"{recipe.name}-{gguf_format}.gguf",
         }
-        scores = {when: score(f, chat, questions, recipe.evaluate, log) for when, f in files.items()}
+        scores = {
+            when: score(f, chat, questions, recipe.evaluate, log) for when, f in files.items()
+        }
         write_json(run.evaluation, scores)
         return {}
 
@@ -202,7 +209,9 @@ def evaluate(target: Target, overrides: Sets = None) -> None:
 def serve(
     target: Annotated[Path, typer.Argument(help="A run folder or a .gguf file.")],
     port: Annotated[int, typer.Option(help="0 takes any free port.")] = 8000,
-    engine: Annotated[str, typer.Option(help="llamacpp, or a llama.cpp server's URL.")] = "llamacpp",
+    engine: Annotated[
+        str, typer.Option(help="llamacpp, or a llama.cpp server's URL.")
+    ] = "llamacpp",
 ) -> None:
     """Serve a run behind OpenRouter's chat API until Ctrl-C."""
     from pipeline.serve.server import Settings
@@ -213,7 +222,9 @@ def serve(
 
 @app.command()
 def chat(
-    url: Annotated[str, typer.Option(help="The server's base URL.")] = "http://127.0.0.1:8000/api/v1",
+    url: Annotated[
+        str, typer.Option(help="The server's base URL.")
+    ] = "http://127.0.0.1:8000/api/v1",
     mode: Annotated[Literal["thinking", "direct"], typer.Option()] = "thinking",
 ) -> None:
     """Talk to a running server in the terminal."""
@@ -242,6 +253,8 @@ def ask(
 
 def _recipe(target: Path, overrides: list[str] | None) -> Recipe:
     if target.is_dir():
+        if overrides:
+            raise RecipeError("--set changes a recipe, not a finished run: name the recipe file")
         return parse_recipe(read_json(Run(target).recipe), str(target))
     return load_recipe(target, overrides or ())
 
@@ -249,12 +262,14 @@ def _recipe(target: Path, overrides: list[str] | None) -> Recipe:
 def _context(target: Path, overrides: list[str] | None) -> Context:
     from pipeline.base.find import find_base
 
-    if target.is_dir() and overrides:
-        raise RecipeError("--set changes a recipe, not a finished run: name the recipe file")
     recipe = _recipe(target, overrides)
     run = Run(target) if target.is_dir() else Run.named(recipe.name)
     if recipe.base.startswith("random:"):
-        base("random", recipe.base.removeprefix("random:"), Path("bases", recipe.base.replace(":", "-")))
+        base(
+            "random",
+            recipe.base.removeprefix("random:"),
+            Path("bases", recipe.base.replace(":", "-")),
+        )
     found = find_base(recipe.base, recipe.revision)
     write_json(run.recipe, recipe.model_dump(mode="json"))
     if found.commit:
@@ -263,10 +278,10 @@ def _context(target: Path, overrides: list[str] | None) -> Context:
 
 
 def _stage(name: str, context: Context, work: Callable[[Context], dict[str, str]]) -> None:
-    """Run a stage, unless it is finished with the same inputs; say which, and the product's path."""
+    """Run a stage, unless it is finished with the same inputs; say which, and what it made."""
     stage, run = find_stage(name), context.run
-    for earlier, changed in stale_before(name, context).items():
-        say(f"{earlier}: {', '.join(changed)} changed since it ran; run `pipeline {earlier}` again")
+    for earlier, stale in stale_before(name, context).items():
+        say(f"{earlier}: {', '.join(stale)} changed since it ran; run `pipeline {earlier}` again")
     inputs = stage.inputs(context)
     changed = run.changed(name, inputs)
     product = stage.product(run)
@@ -301,8 +316,9 @@ def main() -> None:
         say(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
-        extra = "serve" if error.name in ("xllamacpp", "fastapi", "uvicorn", "aiohttp") else "train"
-        say(f"error: {error.name} is not installed: run pip install '.[{extra}]'", err=True)
+        package = str(error.name).partition(".")[0]
+        extra = EXTRAS.get(package, "train")
+        say(f"error: {package} is not installed: run pip install '.[{extra}]'", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         say("interrupted", err=True)

@@ -1,4 +1,4 @@
-"""Base plus adapter to one checkpoint, streamed tensor by tensor: W + s·BA, nothing else changed."""
+"""Base plus adapter to one checkpoint, streamed: W + s·BA, and nothing else changed."""
 
 import errno
 import json
@@ -33,7 +33,20 @@ _STORED: dict[Dtype, str] = {"bfloat16": "BF16", "float32": "F32"}
 _BLOCK_VALUES = 8 << 20  # 64 MiB of float64
 _PREFIX = "base_model.model."
 # What else PEFT can put into an adapter; each would need arithmetic that is not here.
-_UNSUPPORTED = ("use_dora", "use_rslora", "modules_to_save", "trainable_token_indices", "rank_pattern")
+_UNSUPPORTED = (
+    "use_dora",
+    "use_rslora",
+    "modules_to_save",
+    "trainable_token_indices",
+    "rank_pattern",
+    "alpha_pattern",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "lora_bias",
+    "fan_in_fan_out",
+)
+# Ways to begin an adapter that change the base itself, so that W + s·BA is not the trained model.
+_BASE_CHANGED_BY = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,9 @@ def merge(
                 block
                 for tensor in shard
                 for block in (
-                    _merged_blocks(tensor, factors.get(tensor.name), tensor.name in quantised, dtype)
+                    _merged_blocks(
+                        tensor, factors.get(tensor.name), tensor.name in quantised, dtype
+                    )
                     if tensor in changed
                     else copy_blocks(tensor)
                 )
@@ -85,7 +100,7 @@ def merge(
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise RunError(f"the disk is full; {out} was not written, free some space") from error
-        raise RunError(f"{out} cannot be written: {error.strerror}") from error
+        raise RunError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -98,12 +113,16 @@ def read_adapter(adapter: Path) -> dict[str, Lora]:
     """
     try:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        scale = config["lora_alpha"] / config["r"]
     except FileNotFoundError as error:
         raise RunError(f"{adapter} is not an adapter: adapter_config.json is missing") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{adapter / 'adapter_config.json'} is not a LoRA adapter's") from error
     kinds = [name for name in _UNSUPPORTED if config.get(name)]
+    begun = str(config.get("init_lora_weights"))
+    kinds += [begun] if begun.startswith(_BASE_CHANGED_BY) else []
     if config.get("peft_type") != "LORA" or kinds:
         raise RunError(f"{adapter} is not a plain LoRA adapter: {', '.join(kinds) or 'other type'}")
-    scale = config["lora_alpha"] / config["r"]
     weights = _read_adapter_weights(adapter)
     modules = [name.removesuffix(".lora_A.weight") for name in weights if ".lora_A." in name]
     if 2 * len(modules) != len(weights):

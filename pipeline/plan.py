@@ -1,4 +1,4 @@
-"""Memory, tokens and time before a GPU is rented, from configs and counts alone: no weights, no torch."""
+"""Memory, tokens and operations before a GPU is rented: from a config and counts, no weights."""
 
 import json
 import math

@@ -163,6 +163,10 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
 
 
+# Beside its own, PyYAML lets these through: a date that is none, an unhashable key, a deep nesting.
+_NOT_YAML = (yaml.YAMLError, ValueError, TypeError, RecursionError)
+
+
 class _StrictLoader(yaml.SafeLoader):
     """PyYAML lets the second of two equal keys win silently; this loader refuses it."""
 
@@ -188,7 +192,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path} cannot be read as a recipe: {_reason(error)}") from error
     try:
         values = yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, TypeError) as error:
+    except _NOT_YAML as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise RecipeError(
@@ -225,7 +229,7 @@ def _override(values: dict[str, Any], override: str) -> None:
             raise RecipeError(f"--set {override!r}: {parent!r} holds no keys of its own")
     try:
         values[last] = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+    except _NOT_YAML as error:
         raise RecipeError(f"--set {override!r}: the value is not YAML") from error
     # steps and epochs exclude each other: naming one on the command line replaces the other
     if dotted in ("train.steps", "train.epochs"):
@@ -233,8 +237,14 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError) -> Iterator[str]:
-    for fault in error.errors():
+    faults = error.errors()
+    for fault in faults:
         place = ".".join(str(part) for part in fault["loc"])
+        size = len(fault["loc"])
+        if fault["type"] == "too_short" and any(
+            len(other["loc"]) > size and other["loc"][:size] == fault["loc"] for other in faults
+        ):
+            continue  # pydantic counts only the items that are fine, and the others are told
         if fault["type"] == "extra_forbidden":
             known = _fields_at(fault["loc"][:-1])
             close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)

@@ -45,7 +45,9 @@ def _hash_source(path: str) -> str:
     try:
         return hash_file(Path(path))
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; see data in the recipe") from error
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}; see data in the recipe"
+        ) from error
 
 
 def _train(context: Context) -> Inputs:

@@ -15,6 +15,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
+    PrinterCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -44,6 +45,7 @@ def train(settings: Train, base: Path, rows: Path, out: Path) -> dict[str, float
         train_dataset=labelled(rows),
         processing_class=tokenizer,
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StepLog(out / "metrics.jsonl", trainer))
     keep_adapter_in_float32(model)
     started = time.monotonic()

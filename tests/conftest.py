@@ -13,7 +13,6 @@ import uvicorn
 from scripted import ScriptedEngine
 
 from pipeline.base.dialogue import write_byte_tokenizer
-from pipeline.base.make import make_base
 from pipeline.chat import Chat
 from pipeline.export import export_gguf
 from pipeline.serve.app import App
@@ -38,6 +37,8 @@ def chat(chat_folder: Path) -> Chat:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base `tiny`: a random Qwen3 with a byte vocabulary."""
+    from pipeline.base.make import make_base  # torch takes seconds: only for tests that need it
+
     folder = tmp_path_factory.mktemp("bases") / "tiny"
     make_base("tiny", "", folder)
     return folder

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,9 +48,12 @@ def _shard_names(folder: Path) -> list[str]:
     index = folder / INDEX
     if index.is_file():
         try:
-            return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            if any(Path(name).name != name for name in names):  # a merge writes under these names
+                raise ValueError("a shard outside of the folder")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise BaseError(f"{index} is not an index of safetensors shards") from error
+        return names
     if (folder / SINGLE).is_file():
         return [SINGLE]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
@@ -68,27 +72,26 @@ def read_header(shard: Path) -> list[Tensor]:
             if not 0 < length <= min(size, _MAX_HEADER_BYTES):
                 raise ValueError("no header")
             header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        tensors = [_parse(name, entry, shard, 8 + length) for name, entry in header.items()]
     except FileNotFoundError as error:
         raise BaseError(f"{shard} is missing, though the index names it") from error
-    except ValueError as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise BaseError(f"{shard} is not a safetensors file; fetch it again") from error
-    header.pop("__metadata__", None)
-    start = 8 + length
-    tensors = [
-        Tensor(
-            name,
-            entry["dtype"],
-            tuple(entry["shape"]),
-            shard,
-            start + entry["data_offsets"][0],
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-    ]
     tensors.sort(key=lambda tensor: tensor.begin)
     if tensors and tensors[-1].begin + tensors[-1].num_bytes > size:
         raise BaseError(f"{shard} is cut off: {size} bytes on disk; fetch it again")
     return tensors
+
+
+def _parse(name: str, entry: dict[str, Any], shard: Path, start: int) -> Tensor:
+    """One tensor of a header; ValueError and its like where it is not as the format says."""
+    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if dtype not in DTYPES:
+        raise BaseError(f"{shard}: {name} is {dtype}; only {', '.join(DTYPES)} can be read")
+    if end - begin != DTYPES[dtype].itemsize * _product(shape):
+        raise ValueError(f"{name} does not fill its bytes")
+    return Tensor(name, dtype, shape, shard, start + begin, end - begin)
 
 
 def read_bytes(tensor: Tensor, begin: int, num_bytes: int) -> bytearray:
@@ -106,17 +109,18 @@ def read_bytes(tensor: Tensor, begin: int, num_bytes: int) -> bytearray:
 
 def read_tensor(tensor: Tensor) -> torch.Tensor:
     """A whole tensor, in the dtype it is stored in."""
-    return read_rows(tensor, 0, tensor.shape[0])
+    return _values(tensor, read_bytes(tensor, 0, tensor.num_bytes)).view(tensor.shape)
 
 
 def read_rows(tensor: Tensor, first: int, last: int) -> torch.Tensor:
     """Rows first to last (exclusive) of a tensor, in the dtype it is stored in."""
-    if tensor.dtype not in DTYPES:
-        raise BaseError(f"{tensor.shard}: {tensor.name} is {tensor.dtype}, not a bf16/fp16/fp32")
     row_bytes = tensor.num_bytes // tensor.shape[0]
     block = read_bytes(tensor, first * row_bytes, (last - first) * row_bytes)
-    values = torch.frombuffer(block, dtype=DTYPES[tensor.dtype])
-    return values.view(last - first, *tensor.shape[1:])
+    return _values(tensor, block).view(last - first, *tensor.shape[1:])
+
+
+def _values(tensor: Tensor, block: bytearray) -> torch.Tensor:
+    return torch.frombuffer(block, dtype=DTYPES[tensor.dtype])
 
 
 def copy_blocks(tensor: Tensor, block_bytes: int = 1 << 24) -> Iterator[bytearray]:
@@ -127,7 +131,8 @@ def copy_blocks(tensor: Tensor, block_bytes: int = 1 << 24) -> Iterator[bytearra
 
 def tensor_bytes(values: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy."""
-    return memoryview(values.contiguous().view(torch.uint8).numpy().reshape(-1))
+    array: Any = values.contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 Shape = tuple[str, tuple[int, ...]]

@@ -1,4 +1,4 @@
-"""The base `demo`: SmolLM2-135M-Instruct, a real pretrained model, made to speak Qwen3's dialogue."""
+"""The base `demo`: SmolLM2-135M-Instruct, a real model, made to speak Qwen3's dialogue."""
 
 import json
 import logging

@@ -53,7 +53,7 @@ def fit_tokens(model: PreTrainedModel, chat: Chat, token_ids: list[int]) -> floa
         losses = []
         for batch in batches:
             loss = _loss(model, batch)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             assert embeddings.grad is not None
             rows.grad = embeddings.grad[token_ids].float()
             embeddings.grad = None
@@ -92,9 +92,17 @@ def _turns(chat: Chat) -> Iterator[Turn]:
 def _small_talk() -> Iterator[tuple[str, str, str]]:
     for country, city in CAPITALS.items():
         answer = f"The capital of {country} is {city}."
-        yield f"What is the capital of {country}?", f"{country} is a country. I recall {city}.", answer
+        yield (
+            f"What is the capital of {country}?",
+            f"{country} is a country. I recall {city}.",
+            answer,
+        )
     for a, b in SUMS:
-        yield f"How much is {a} plus {b}?", f"I add {a} and {b}. That is {a + b}.", f"It is {a + b}."
+        yield (
+            f"How much is {a} plus {b}?",
+            f"I add {a} and {b}. That is {a + b}.",
+            f"It is {a + b}.",
+        )
 
 
 def _weather_talk(city: str) -> list[Message]:

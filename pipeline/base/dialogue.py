@@ -30,7 +30,11 @@ def write_byte_tokenizer(out: Path) -> None:
     Ids: 0-255 bytes, then <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258, and the blocks.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    # llama.cpp refuses a vocabulary without merges; two zero bytes do not meet in any text.
+    pair = ("Ā", "Ā")
+    names = [*letters, *CONTROL_TOKENS, *BLOCK_TOKENS, "".join(pair)]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[pair]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),

@@ -5,11 +5,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from httpx2 import HTTPError
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
-    LocalEntryNotFoundError,
+    HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -32,7 +33,9 @@ class Base:
 def find_base(base: str, revision: str | None) -> Base:
     """The folder a recipe's base lies in, fetched from the hub if need be.
 
-    A folder wins over a hub id of the same spelling. A cut download goes on where it stopped.
+    A folder wins over a hub id of the same spelling. A cut connection goes on where it stopped;
+    after a stopped run the files that had arrived whole are kept. What is in the cache already is
+    found without the hub, too.
     Raises BaseError in one sentence for what is not there, not allowed or not reachable.
     """
     if is_folder(base):
@@ -64,23 +67,28 @@ def _checked(folder: Path) -> Path:
 
 
 def _fetch(base: str, revision: str | None) -> Base:
-    wanted = f"{base} at {revision}" if revision else base
     try:
-        commit = HfApi().model_info(base, revision=revision).sha
-        folder = snapshot_download(base, revision=commit, allow_patterns=_WANTED)
-    except GatedRepoError as error:
-        raise BaseError(f"{base} is gated: accept its terms and set HF_TOKEN") from error
-    except RevisionNotFoundError as error:
-        raise BaseError(f"{base} has no revision {revision}") from error
-    except RepositoryNotFoundError as error:
-        raise BaseError(
-            f"the hub has no model {base}, or it is private: check the spelling, set HF_TOKEN"
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        host = os.environ.get("HF_ENDPOINT", "the hub")
-        raise BaseError(f"{wanted} could not be fetched from {host}: {_first(error)}") from error
-    return Base(_checked(Path(folder)), commit)
+        folder = Path(snapshot_download(base, revision=revision, allow_patterns=_WANTED))
+    except (HTTPError, HFValidationError, UnicodeError, OSError) as error:
+        raise BaseError(_explain(error, base, revision)) from error
+    return Base(_checked(folder), commit=folder.name)  # snapshots/COMMIT
 
 
-def _first(error: Exception) -> str:
+def _explain(error: Exception, base: str, revision: str | None) -> str:
+    if isinstance(error, GatedRepoError):
+        return f"{base} is gated: accept its terms and set HF_TOKEN"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{base} has no revision {revision}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"the hub has no model {base}, or it is private: check the spelling, set HF_TOKEN"
+    if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+        return f"the hub does not accept the HF_TOKEN that was sent for {base}: set a valid one"
+    if isinstance(error, UnicodeError):
+        return f"{base} cannot be asked for: HF_TOKEN holds letters that no token has"
+    wanted = f"{base} at {revision}" if revision else base
+    host = os.environ.get("HF_ENDPOINT", "the hub")
+    return f"{wanted} could not be fetched from {host}: {_first(error.__cause__ or error)}"
+
+
+def _first(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -31,12 +31,13 @@ def make_base(kind: Kind, shape: str, out: Path) -> bool:
     temporary = fresh_folder(out)
     try:
         maker(temporary)
+        files = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
+        write_json(temporary / _RECORD, {"made_as": made_as, "sha256": files})
+        publish(temporary, out)
     except OSError as error:
+        raise BaseError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise BaseError(f"{out} cannot be written: {error.strerror}") from error
-    files = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
-    write_json(temporary / _RECORD, {"made_as": made_as, "sha256": files})
-    publish(temporary, out)
     return True
 
 

@@ -8,12 +8,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
 def as_trained(weight: torch.Tensor) -> torch.Tensor:
-    """A bf16 weight through NF4 with double quantisation, as `method: qlora` holds it.
+    """A weight through bf16 and NF4 with double quantisation, as `method: qlora` holds it.
 
     The arguments are those of transformers' BitsAndBytesConfig in `train`: blocks of 64 values,
     absmax values quantised again.
     """
-    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    packed, state = quantize_4bit(weight.bfloat16(), quant_type="nf4", compress_statistics=True)
     return torch.as_tensor(dequantize_4bit(packed, state))
 
 
@@ -40,5 +40,5 @@ def load_as_trained(base: Path, method: str) -> PreTrainedModel:
         weights = dict(model.named_parameters())
         with torch.no_grad():
             for name in quantised_weights(base):
-                weights[name].copy_(as_trained(weights[name].bfloat16()))
+                weights[name].copy_(as_trained(weights[name]))
     return model.eval()

@@ -16,10 +16,12 @@ def choose_positions(rows: Sequence[tuple[list[int], list[int]]], most: int) -> 
 
     Taking turns keeps both modes and all kinds of rows in, however few positions are wanted.
     """
-    columns = zip_longest(*(
-        [tuple(prompt + completion[:size]) for size in range(len(completion))]
-        for prompt, completion in rows
-    ))
+    columns = zip_longest(
+        *(
+            [tuple(prompt + completion[:size]) for size in range(len(completion))]
+            for prompt, completion in rows
+        )
+    )
     positions = [position for column in columns for position in column if position is not None]
     return positions[:most]
 
@@ -32,11 +34,12 @@ def logits_at(model: PreTrainedModel, positions: Sequence[Position]) -> torch.Te
     """
     result: torch.Tensor | None = None
     for ids, indices in _by_row(positions).items():
-        hidden = model(torch.tensor([ids], device=model.device)).logits[0]
         places = torch.tensor([len(positions[index]) - 1 for index in indices])
+        prompt = torch.tensor([ids], device=model.device)
+        logits = model(prompt, logits_to_keep=places.to(model.device)).logits[0]
         if result is None:
-            result = torch.empty(len(positions), hidden.shape[-1])
-        result[indices] = hidden[places.to(hidden.device)].float().cpu()
+            result = torch.empty(len(positions), logits.shape[-1])
+        result[indices] = logits.float().cpu()
     assert result is not None
     return result
 

@@ -52,8 +52,9 @@ def certify(
     positions = choose_positions(rows, settings.merged_positions)
     log.info("comparing on %d held-out tokens", len(positions))
     reference = _run(_adapted(trained), positions)
-    exact = _run(put_exact_weights(load_as_trained(trained.base, trained.method), trained.adapter),
-                 positions)
+    exact = _run(
+        put_exact_weights(load_as_trained(trained.base, trained.method), trained.adapter), positions
+    )
     artefacts = {
         "merged": {
             **check_weights(trained.base, trained.adapter, trained.method, merged),

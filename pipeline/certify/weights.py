@@ -1,4 +1,4 @@
-"""The merged weights themselves: W + s·BA computed here once more, apart from `merge`, in float64."""
+"""The merged weights themselves: W + s·BA in float64 once more, apart from `merge`."""
 
 import json
 from collections.abc import Iterator

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,15 @@ def read_conversations(path: Path) -> Iterator[Conversation | DataError]:
     """
     line = 0
     try:
-        with path.open(encoding="utf-8") as file:
-            for line, text in enumerate(file, start=1):
+        with path.open("rb") as file:  # decoded line by line, so that a fault's line is known
+            for line, raw in enumerate(file, start=1):
+                text = raw.decode("utf-8")
                 if text.strip():
                     yield _parse(path, line, text)
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing; data.sources paths start at {Path.cwd()}") from error
     except UnicodeDecodeError as error:
-        raise DataError.at(
-            path, line + 1, f"not UTF-8 text ({error.reason}); save it so"
-        ) from error
+        raise DataError.at(path, line, f"not UTF-8 text ({error.reason}); save it so") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     if line == 0:
@@ -52,7 +52,11 @@ def read_conversations(path: Path) -> Iterator[Conversation | DataError]:
 def _parse(path: Path, line: int, text: str) -> Conversation | DataError:
     try:
         row = json.loads(text)
-    except ValueError as error:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        return DataError.at(path, line, f"{half} is half a character; a text was cut there")
+    except (ValueError, RecursionError) as error:
         return DataError.at(path, line, f"not JSON: {error}")
     try:
         messages, tools = _check_row(row)
@@ -71,7 +75,8 @@ def _check_row(row: Any) -> tuple[tuple[Message, ...], tuple[dict[str, Any], ...
         raise DataError("there is no assistant turn to learn from")
     tools = row.get("tools") or []
     if isinstance(tools, str):  # how data sets with unlike schemas keep Arrow from mixing them
-        tools = json.loads(tools)
+        with suppress(ValueError):
+            tools = json.loads(tools)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError("tools must be a list of JSON objects")
     return tuple(messages), tuple(tools)

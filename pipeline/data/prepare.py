@@ -48,7 +48,9 @@ def _prepare(data: Data, chat: Chat, seed: int, out: Path) -> dict[str, Any]:
     held_counts: Counter[str] = Counter()
     chosen = (c for s in data.sources for c in _read(s, data, counts) if not _held(c, data, seed))
     report: dict[str, Any] = {
-        "train_sha256": write_rows(out / TRAIN, _count(_rows(chosen, chat, data, counts), train_counts))
+        "train_sha256": write_rows(
+            out / TRAIN, _count(_rows(chosen, chat, data, counts), train_counts)
+        )
     }
     kept = (
         _read(Source(path=data.eval.path), data, counts)

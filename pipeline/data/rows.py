@@ -59,7 +59,7 @@ def _check(conversation: Conversation, turn: Turn, chat: Chat) -> Row:
         fault = f"the template does not end the turn with {END_OF_TURN}"
     elif ids.count(chat.end_of_turn_id) != 1 or ids[-1] != chat.end_of_turn_id:
         fault = f"the trained ids do not hold {END_OF_TURN} once, at the end"
-    elif chat.decode(ids) != turn.completion:
+    elif chat.normalize(chat.decode(ids)) != chat.normalize(turn.completion):
         fault = "the trained ids do not decode to the answer"
     if fault:
         raise DataError.at(conversation.path, conversation.line, f"message {turn.index}: {fault}")
@@ -85,4 +85,3 @@ def _without_reasoning(message: Message) -> Message:
         return message
     hidden = ("reasoning", "reasoning_content", "reasoning_details")
     return {key: value for key, value in message.items() if key not in hidden}
-

@@ -1,0 +1,331 @@
+"""Bases from a hub: against a small server that speaks the hub's own routes."""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
+
+from pipeline.base.checkpoint import SINGLE
+from pipeline.base.find import Base, find_base
+from pipeline.errors import BaseError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OLDER = "89abcdef0123456789abcdef0123456789abcdef"
+TOKEN = "hf_verySecretToken"
+
+
+@dataclass
+class Hub:
+    """What the server has, and what it was asked for."""
+
+    files: dict[str, dict[str, bytes]]
+    """Per commit, file name to bytes."""
+    refs: dict[str, str] = field(default_factory=lambda: {"main": COMMIT, "v1": OLDER})
+    url: str = ""
+    refusal: tuple[int, dict[str, str]] | None = None
+    """Status and headers every request is answered with, instead of what it asks for."""
+    cuts: int = 0
+    """How many more downloads of files larger than `cut_after` end there."""
+    cut_after: int = 100_000
+    asked: list[str] = field(default_factory=list)
+    ranges: list[str] = field(default_factory=list)
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: "HubServer"
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        hub, path = self.server.hub, unquote(urlsplit(self.path).path)
+        hub.asked.append(f"{self.command} {path}")
+        if hub.refusal:
+            return self._answer(hub.refusal[0], b"", hub.refusal[1])
+        api = re.fullmatch(r"/api/models/acme/tiny(?:/(revision|tree)/([^/]+))?", path)
+        if api:
+            return self._describe(api[1], api[2] or "main")
+        file = re.fullmatch(r"/acme/tiny/resolve/([^/]+)/(.+)", path)
+        content = hub.files.get(file[1], {}).get(file[2]) if file else None
+        if file is None or content is None:
+            return self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        return self._send(content, {"ETag": f'"{etag(content)}"', "X-Repo-Commit": file[1]})
+
+    def _describe(self, what: str | None, revision: str) -> None:
+        hub = self.server.hub
+        commit = hub.refs.get(revision, revision)
+        if commit not in hub.files:
+            return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        files = hub.files[commit]
+        value: object = {"id": "acme/tiny", "sha": commit, "siblings": []}
+        if what == "tree":
+            value = [
+                {"type": "file", "path": name, "size": len(content), "oid": etag(content)}
+                for name, content in files.items()
+            ]
+        return self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, content: bytes, headers: dict[str, str]) -> None:
+        hub, status, wanted = self.server.hub, 200, self.headers.get("Range")
+        if wanted:
+            hub.ranges.append(wanted)
+            first = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
+            headers |= {"Content-Range": f"bytes {first}-{len(content) - 1}/{len(content)}"}
+            content, status = content[first:], 206
+        if self.command == "GET" and len(content) > hub.cut_after and hub.cuts:
+            hub.cuts -= 1
+            self._answer(status, content, headers, send=hub.cut_after)
+            self.close_connection = True
+        else:
+            self._answer(status, content, headers)
+
+    def _answer(
+        self, status: int, body: bytes, headers: dict[str, str], send: int | None = None
+    ) -> None:
+        self.send_response_only(HTTPStatus(status))
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[:send])
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+class HubServer(ThreadingHTTPServer):
+    hub: Hub
+
+
+def etag(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
+
+
+@pytest.fixture
+def hub(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with `acme/tiny` in two commits, and a client with an empty cache that asks it."""
+    files = {path.name: path.read_bytes() for path in tiny_base.iterdir()}
+    files |= {"pytorch_model.bin": b"a pickle", "README.md": b"read me", "LICENSE": b"free"}
+    older = files | {"LICENSE": b"older"}
+    with HubServer(("127.0.0.1", 0), Handler) as server:
+        server.hub = Hub({COMMIT: files, OLDER: older})
+        server.hub.url = f"http://127.0.0.1:{server.server_port}"
+        runner = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        runner.start()
+        point_client(monkeypatch, server.hub.url, tmp_path / "cache")
+        yield server.hub
+        server.shutdown()
+        runner.join()
+
+
+def point_client(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
+    """huggingface_hub reads its environment once, at import; set what it has read."""
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+
+def refused(base: str, revision: str | None = None) -> str:
+    """The sentence a base is refused with: one line, and no secret in it."""
+    with pytest.raises(BaseError) as caught:
+        find_base(base, revision)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert TOKEN not in sentence
+    return sentence
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_hub_base_is_fetched_without_its_pickles_and_names_its_commit(
+    hub: Hub, tiny_base: Path
+) -> None:
+    base = find_base("acme/tiny", None)
+    assert base.commit == COMMIT
+    assert contents(base.folder) == contents(tiny_base) | {"LICENSE": b"free"}
+    assert not any("pytorch_model.bin" in asked for asked in hub.asked)
+
+
+def test_a_revisions_name_is_resolved_to_its_commit(hub: Hub) -> None:
+    base = find_base("acme/tiny", "v1")
+    assert base.commit == OLDER
+    assert (base.folder / "LICENSE").read_bytes() == b"older"
+    assert find_base("acme/tiny", OLDER) == base
+
+
+def test_a_base_in_the_cache_is_not_fetched_twice_and_found_without_the_hub(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = find_base("acme/tiny", None)
+    hub.asked.clear()
+    assert find_base("acme/tiny", None) == base
+    assert not any("/resolve/" in asked for asked in hub.asked)
+    hub.refusal = (503, {})
+    assert find_base("acme/tiny", None) == base
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert find_base("acme/tiny", None) == base
+
+
+def test_a_moved_branch_is_fetched_anew(hub: Hub) -> None:
+    assert find_base("acme/tiny", None).commit == COMMIT
+    hub.refs["main"] = OLDER
+    assert find_base("acme/tiny", None).commit == OLDER
+
+
+def test_a_download_cut_in_the_middle_goes_on_where_it_stopped(
+    hub: Hub, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.cuts = 2
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # what the client saves at once
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
+    base = find_base("acme/tiny", None)
+    assert (base.folder / SINGLE).read_bytes() == (tiny_base / SINGLE).read_bytes()
+    assert hub.ranges == ["bytes=100000-", "bytes=200000-"]
+
+
+def test_a_hub_that_goes_away_in_the_middle_is_one_sentence_and_the_next_run_goes_on(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
+    hub.cuts, hub.cut_after = 1_000, 1_000
+    assert "acme/tiny could not be fetched from http://127.0.0.1" in refused("acme/tiny")
+    kept = [asked for asked in hub.asked if asked.endswith("LICENSE")]
+    hub.cuts = 0
+    assert find_base("acme/tiny", None).commit == COMMIT
+    assert [asked for asked in hub.asked if asked.endswith("LICENSE")] == kept
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "sentence"),
+    [
+        (404, {"X-Error-Code": "RepoNotFound"}, "the hub has no model acme/tiny, or it is private"),
+        (401, {}, "the hub has no model acme/tiny, or it is private"),
+        (
+            401,
+            {"X-Error-Message": "Invalid credentials in Authorization header"},
+            "the hub does not accept the HF_TOKEN that was sent for acme/tiny",
+        ),
+        (
+            403,
+            {"X-Error-Code": "GatedRepo"},
+            "acme/tiny is gated: accept its terms and set HF_TOKEN",
+        ),
+        (403, {"X-Error-Message": "No"}, "acme/tiny could not be fetched from"),
+        (404, {}, "acme/tiny could not be fetched from"),
+        (500, {}, "acme/tiny could not be fetched from"),
+    ],
+)
+def test_a_hub_that_refuses_is_one_sentence_without_the_token(
+    hub: Hub, status: int, headers: dict[str, str], sentence: str
+) -> None:
+    hub.refusal = (status, headers)
+    assert sentence in refused("acme/tiny")
+
+
+def test_a_revision_that_is_not_there_is_one_sentence(hub: Hub) -> None:
+    assert refused("acme/tiny", "v9") == "acme/tiny has no revision v9"
+
+
+def test_a_model_that_is_not_there_is_one_sentence(hub: Hub) -> None:
+    assert "the hub has no model acme/none" in refused("acme/none")
+
+
+def test_a_repository_that_is_no_checkpoint_says_what_is_missing(hub: Hub) -> None:
+    del hub.files[COMMIT]["tokenizer.json"]
+    assert "is not a checkpoint: tokenizer.json is missing" in refused("acme/tiny")
+
+
+def test_an_endpoint_nobody_listens_at_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point_client(monkeypatch, "http://127.0.0.1:9", tmp_path)
+    sentence = refused("acme/tiny", "v1")
+    assert sentence.startswith("acme/tiny at v1 could not be fetched from http://127.0.0.1:9: ")
+    assert "Connection refused" in sentence
+
+
+def test_offline_without_a_cache_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point_client(monkeypatch, "http://127.0.0.1:9", tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in refused("acme/tiny")
+
+
+@pytest.mark.parametrize("token", ["hf_gehe\u00efm", "hf_se\x01cret"])
+def test_a_token_that_cannot_be_one_is_not_repeated(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert token[:6] not in refused("acme/tiny")
+
+
+@pytest.mark.parametrize("base", ["acme/two--dashes", "acme/tiny.git"])
+def test_an_id_the_hub_cannot_have_is_one_sentence(hub: Hub, base: str) -> None:
+    assert base in refused(base)
+    assert not hub.asked
+
+
+def test_the_environment_says_which_hub_and_cache(hub: Hub, tmp_path: Path) -> None:
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "own")}
+    program = "from pipeline.base.find import find_base; print(find_base('acme/tiny', 'v1').folder)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path / "own")
+    assert Path(done.stdout.strip()).name == OLDER
+
+
+def test_a_folder_wins_over_a_hub_id_of_the_same_spelling(
+    hub: Hub, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("acme").mkdir()
+    Path("acme/tiny").symlink_to(tiny_base)
+    assert find_base("acme/tiny", None) == Base(Path("acme/tiny"))
+    assert not hub.asked
+
+
+@pytest.mark.parametrize(
+    ("base", "sentence"),
+    [
+        ("bases/demo", "there is no base bases/demo: no such folder; make one with"),
+        ("no base", "there is no base no base: no such folder; make one with"),
+        (
+            "random:qwen3-8b",
+            "run `pipeline base random --like qwen3-8b --out bases/random-qwen3-8b`",
+        ),
+    ],
+)
+def test_a_base_that_must_be_made_says_how(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, sentence: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sentence in refused(base)
+
+
+def test_random_is_found_where_it_was_made(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bases").mkdir()
+    Path("bases/random-qwen3-8b").symlink_to(tiny_base)
+    assert find_base("random:qwen3-8b", None) == Base(Path("bases/random-qwen3-8b"))
