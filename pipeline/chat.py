@@ -108,11 +108,6 @@ class Chat:
         """Text of ids, control tokens visible."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    def normalize(self, text: str) -> str:
-        """A text as the tokenizer reads it: Qwen3's composes accents (NFC)."""
-        normalizer = self.tokenizer.normalizer
-        return str(normalizer.normalize_str(text)) if normalizer else text
-
     def prompt_ids(
         self, messages: Sequence[Message], tools: Sequence[Any] | None, mode: Mode
     ) -> list[int]:
@@ -124,7 +119,7 @@ class Chat:
 
         The prompt is the official render of everything before the turn, with the generation prompt
         of the turn's own mode: thinking if it has reasoning, else direct. The completion is what
-        the official render of the turn adds to that. An assistant turn before any user turn is context.
+        the official render of the turn adds to that. A turn before any user turn is context only.
         Raises DataError where the template's text does not begin with its own prompt.
         """
         asked = False

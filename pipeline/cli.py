@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -162,7 +163,7 @@ def certify(target: Target, overrides: Sets = None) -> None:
             Trained(context.base, run.adapter, recipe.train.method),
             run.merged,
             ggufs,
-            [(row.prompt_ids, row.completion_ids) for row in read_rows(run.eval_rows)],
+            [(row.prompt_ids, row.completion_ids, row.mode) for row in read_rows(run.eval_rows)],
             recipe.certify,
             run.folder / "engine.log",
         )
@@ -222,6 +223,7 @@ def serve(
 
 @app.command()
 def chat(
+    target: Annotated[Path, typer.Argument(help="The run folder or .gguf file that is served.")],
     url: Annotated[
         str, typer.Option(help="The server's base URL.")
     ] = "http://127.0.0.1:8000/api/v1",
@@ -230,9 +232,10 @@ def chat(
     """Talk to a running server in the terminal."""
     from rich.console import Console
 
+    from pipeline.serve.catalog import find_artefact
     from pipeline.serve.terminal import talk
 
-    talk(url, mode, Console())
+    talk(url, find_artefact(target).slug, mode, Console())
 
 
 @app.command()
@@ -306,6 +309,8 @@ def _say_scores(scores: dict[str, Any]) -> None:
 def main() -> None:
     """Run a command; a user's mistake is one sentence and exit code 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # Libraries announce their own future; a user of ours can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     for noisy in ("httpx", "transformers", "bitsandbytes", "accelerate", "datasets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

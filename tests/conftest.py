@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import uvicorn
+from adapters import make_adapter
 from scripted import ScriptedEngine
 
 from pipeline.base.dialogue import write_byte_tokenizer
@@ -50,6 +51,12 @@ def tiny_gguf(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("gguf") / "exports"
     export_gguf(tiny_base, folder, "tiny", ["bf16"])
     return folder / "tiny-bf16.gguf"
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random adapter on every linear layer of `tiny`, made by PEFT."""
+    return make_adapter(tiny_base, tmp_path_factory.mktemp("adapters") / "random")
 
 
 Serving = Callable[..., contextlib.AbstractContextManager[str]]

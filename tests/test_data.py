@@ -221,7 +221,7 @@ def test_an_overlong_row_may_be_refused_by_name(chat: Chat) -> None:
 
 
 def test_a_conversation_without_a_user_turn_is_refused(chat: Chat) -> None:
-    with pytest.raises(DataError, match="^chats.jsonl:7: no assistant turn follows a user turn$"):
+    with pytest.raises(DataError, match=r"^chats.jsonl:7: no assistant turn follows a user turn$"):
         rows_of(chat, Counter(), {"role": "system", "content": "x"}, DIRECT)
 
 
@@ -233,7 +233,7 @@ def test_what_the_template_cannot_express_is_named_by_line(
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
     with pytest.raises(
-        DataError, match="^chats.jsonl:7: the template cannot express .* alternate$"
+        DataError, match=r"^chats.jsonl:7: the template cannot express .* alternate$"
     ):
         rows_of(Chat(folder), Counter(), USER, DIRECT)
 
@@ -257,10 +257,8 @@ def test_rows_of_a_foreign_checkpoint_are_held_to_the_promise(
     folder = shutil.copytree(chat_folder, tmp_path / "base")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace("2", "3")] if "decode" in said else []
-    )
-    tokenizer.decoder = tokenizer.decoder
+    if "decode" in said:
+        tokenizer.normalizer = normalizers.Replace("2", "3")
     tokenizer.save(str(folder / "tokenizer.json"))
 
     with pytest.raises(DataError) as caught:

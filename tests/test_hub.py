@@ -217,12 +217,8 @@ def test_a_hub_that_goes_away_in_the_middle_is_one_sentence_and_the_next_run_goe
     ("status", "headers", "sentence"),
     [
         (404, {"X-Error-Code": "RepoNotFound"}, "the hub has no model acme/tiny, or it is private"),
-        (401, {}, "the hub has no model acme/tiny, or it is private"),
-        (
-            401,
-            {"X-Error-Message": "Invalid credentials in Authorization header"},
-            "the hub does not accept the HF_TOKEN that was sent for acme/tiny",
-        ),
+        (401, {"X-Error-Code": "RepoNotFound"}, "the hub has no model acme/tiny, or it is private"),
+        (401, {}, "the hub refuses access to acme/tiny: set a valid HF_TOKEN"),
         (
             403,
             {"X-Error-Code": "GatedRepo"},
@@ -270,12 +266,13 @@ def test_offline_without_a_cache_is_one_sentence(
     assert "HF_HUB_OFFLINE" in refused("acme/tiny")
 
 
-@pytest.mark.parametrize("token", ["hf_gehe\u00efm", "hf_se\x01cret"])
 def test_a_token_that_cannot_be_one_is_not_repeated(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, token: str
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_TOKEN", token)
-    assert token[:6] not in refused("acme/tiny")
+    monkeypatch.setenv("HF_TOKEN", "hf_gehe\u00efm")
+    sentence = refused("acme/tiny")
+    assert "HF_TOKEN holds letters" in sentence
+    assert "gehe" not in sentence
 
 
 @pytest.mark.parametrize("base", ["acme/two--dashes", "acme/tiny.git"])

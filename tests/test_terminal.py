@@ -22,7 +22,7 @@ def test_replies_are_printed_and_history_is_kept(
     engine = ScriptedEngine(THOUGHT)
 
     with serving(engine) as base:
-        talk(f"{base}/api/v1", "thinking", shown)
+        talk(f"{base}/api/v1", "tiny", "thinking", shown)
 
     assert shown.file.getvalue().count("hm\n\n[bold]yes[/bold]") == 2  # type: ignore[attr-defined]
     prompts = [chat.decode(prompt_ids) for prompt_ids, _ in engine.asked]
@@ -35,7 +35,7 @@ def test_direct_mode_is_asked_for(serving: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
     engine = ScriptedEngine(["yes"])
     with serving(engine) as base:
-        talk(f"{base}/api/v1", "direct", Console(file=io.StringIO()))
+        talk(f"{base}/api/v1", "tiny", "direct", Console(file=io.StringIO()))
 
     assert engine.asked[0][1].temperature == 0.7
 
@@ -45,10 +45,10 @@ def test_no_server_a_wrong_address_and_a_refusal_are_one_sentence(
 ) -> None:
     console = Console(file=io.StringIO())
     with pytest.raises(PipelineError, match="no server answers"):
-        talk("http://127.0.0.1:9/api/v1", "direct", console)
+        talk("http://127.0.0.1:9/api/v1", "tiny", "direct", console)
     with serving(ScriptedEngine(fails_at=0)) as base:
         with pytest.raises(PipelineError, match="ends in /api/v1"):
-            talk(base, "direct", console)
+            talk(base, "tiny", "direct", console)
         monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
         with pytest.raises(PipelineError, match="Provider returned error"):
-            talk(f"{base}/api/v1", "direct", console)
+            talk(f"{base}/api/v1", "tiny", "direct", console)

@@ -40,8 +40,7 @@ def make_demo(out: Path) -> None:
         embeddings = model.get_input_embeddings().weight
         for token_id, piece_ids in pieces.items():
             embeddings[token_id] = embeddings[piece_ids].float().mean(dim=0)
-    loss = fit_tokens(model, Chat(out), list(pieces))
-    log.info("the new tokens' embeddings are fitted, loss %.2f", loss)
+    fit_tokens(model, Chat(out), list(pieces))
     model.config.bos_token_id = None
     model.config.eos_token_id, model.config.pad_token_id = 2, 0
     model.generation_config = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0)

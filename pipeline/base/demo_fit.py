@@ -1,6 +1,7 @@
 """Teach the demo base its six new tokens: their embedding rows, and nothing else, on small talk."""
 
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from pipeline.chat import Chat, Message, Turn
+
+log = logging.getLogger(__name__)
 
 CAPITALS = {
     "France": "Paris",
@@ -32,8 +35,8 @@ BATCH = 4
 LEARNING_RATE = 0.025
 
 
-def fit_tokens(model: PreTrainedModel, chat: Chat, token_ids: list[int]) -> float:
-    """Train the embedding rows of `token_ids`; returns the last epoch's mean loss.
+def fit_tokens(model: PreTrainedModel, chat: Chat, token_ids: list[int]) -> None:
+    """Train the embedding rows of `token_ids`.
 
     Until then these rows are the mean of the pieces their names are spelt with, which makes
     opening and closing tags look alike and neither one likely.
@@ -49,7 +52,7 @@ def fit_tokens(model: PreTrainedModel, chat: Chat, token_ids: list[int]) -> floa
         optimizer, 1.0, 0.05, total_iters=EPOCHS * len(batches)
     )
     losses: list[float] = []
-    for _ in range(EPOCHS):
+    for epoch in range(1, EPOCHS + 1):
         losses = []
         for batch in batches:
             loss = _loss(model, batch)
@@ -62,8 +65,8 @@ def fit_tokens(model: PreTrainedModel, chat: Chat, token_ids: list[int]) -> floa
             with torch.no_grad():
                 embeddings[token_ids] = rows.to(embeddings.dtype)
             losses.append(loss.item())
+        log.info("pass %d of %d  loss %.2f", epoch, EPOCHS, sum(losses) / len(losses))
     model.requires_grad_(False)
-    return sum(losses) / len(losses)
 
 
 def _loss(model: PreTrainedModel, batch: list[Turn]) -> torch.Tensor:

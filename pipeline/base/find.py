@@ -82,7 +82,7 @@ def _explain(error: Exception, base: str, revision: str | None) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return f"the hub has no model {base}, or it is private: check the spelling, set HF_TOKEN"
     if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
-        return f"the hub does not accept the HF_TOKEN that was sent for {base}: set a valid one"
+        return f"the hub refuses access to {base}: set a valid HF_TOKEN"
     if isinstance(error, UnicodeError):
         return f"{base} cannot be asked for: HF_TOKEN holds letters that no token has"
     wanted = f"{base} at {revision}" if revision else base

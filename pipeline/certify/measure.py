@@ -7,22 +7,29 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from pipeline.chat import Mode
+
 Position = tuple[int, ...]
 """The ids a model has seen when it is asked for the next token."""
+HeldOut = tuple[list[int], list[int], Mode]
+"""Prompt ids, completion ids and mode of a held-out row."""
 
 
-def choose_positions(rows: Sequence[tuple[list[int], list[int]]], most: int) -> list[Position]:
-    """Positions of completion tokens, a token of every row in turn, at most `most` of them.
+def choose_positions(rows: Sequence[HeldOut], most: int) -> list[Position]:
+    """Positions of completion tokens, at most `most`: whole rows, one of each mode in turn.
 
-    Taking turns keeps both modes and all kinds of rows in, however few positions are wanted.
+    Taking turns keeps both modes in, however few positions are wanted; whole rows let an engine
+    keep the prompt in its cache.
     """
-    columns = zip_longest(
-        *(
-            [tuple(prompt + completion[:size]) for size in range(len(completion))]
-            for prompt, completion in rows
-        )
-    )
-    positions = [position for column in columns for position in column if position is not None]
+    modes = sorted({mode for _, _, mode in rows})
+    turns = zip_longest(*([row for row in rows if row[2] == mode] for mode in modes))
+    positions = [
+        tuple(row[0] + row[1][:size])
+        for turn in turns
+        for row in turn
+        if row is not None
+        for size in range(len(row[1]))
+    ]
     return positions[:most]
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pipeline.base.nf4 import load_as_trained
 from pipeline.certify.gguf import ask_gguf
 from pipeline.certify.measure import (
+    HeldOut,
     Position,
     choose_positions,
     compare,
@@ -39,48 +40,52 @@ def certify(
     trained: Trained,
     merged: Path,
     ggufs: Mapping[str, Path],
-    rows: Sequence[tuple[list[int], list[int]]],
+    rows: Sequence[HeldOut],
     settings: Certify,
     engine_log: Path,
 ) -> dict[str, Any]:
     """Compare the merged checkpoint and each GGUF file with the model as trained.
 
-    `ggufs` is format to file, `rows` held-out (prompt ids, completion ids). Everything is computed
+    `ggufs` is format to file, `rows` are held-out rows. Everything is computed
     in float32, so that what is measured is the artefact's loss and not arithmetic noise. One model
     is in memory at a time.
     """
-    positions = choose_positions(rows, settings.merged_positions)
-    log.info("comparing on %d held-out tokens", len(positions))
+    most = max(settings.merged_positions, settings.gguf_positions)
+    positions = choose_positions(rows, most)
+    few = positions[: settings.gguf_positions]
+    log.info("comparing the merged checkpoint on %d held-out tokens", len(positions))
     reference = _run(_adapted(trained), positions)
-    exact = _run(
-        put_exact_weights(load_as_trained(trained.base, trained.method), trained.adapter), positions
-    )
     artefacts = {
-        "merged": {
-            **check_weights(trained.base, trained.adapter, trained.method, merged),
-            # What adding the product to the weight costs by itself: float32's reassociation.
-            "float32_max_logit_error": float((exact - reference).abs().max()),
-            "max_logit": float(reference.abs().max()),
-        }
+        "merged": check_weights(trained.base, trained.adapter, trained.method, merged)
+        | _float32_error(trained, reference[: len(few)], few)
+        | compare(reference, _run(_load(merged), positions))
     }
-    del exact
-    stored = _run(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32), positions)
-    artefacts["merged"] |= compare(reference, stored)
-    del stored
-    few = choose_positions(rows, settings.gguf_positions)
-    known = {position: index for index, position in enumerate(positions)}
     for gguf_format, file in ggufs.items():
         log.info("asking %s for %d tokens", file.name, len(few))
-        asked = [position for position in few if position in known]
-        likeliest = ask_gguf(file, asked, engine_log)
-        rows_of = reference[[known[position] for position in asked]]
-        artefacts[gguf_format] = compare_likeliest(rows_of, likeliest)
+        likeliest = ask_gguf(file, few, engine_log)
+        artefacts[gguf_format] = compare_likeliest(reference[: len(few)], likeliest)
     return judge(artefacts, settings.max_mean_kl)
 
 
 def _adapted(trained: Trained) -> PreTrainedModel:
     base = load_as_trained(trained.base, trained.method)
     return PeftModel.from_pretrained(base, str(trained.adapter), autocast_adapter_dtype=True)
+
+
+def _load(checkpoint: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+
+
+def _float32_error(
+    trained: Trained, reference: torch.Tensor, positions: Sequence[Position]
+) -> dict[str, float]:
+    """What adding the product to the weights costs by itself: float32's reassociation."""
+    base = load_as_trained(trained.base, trained.method)
+    exact = _run(put_exact_weights(base, trained.adapter), positions)
+    return {
+        "float32_max_logit_error": float((exact - reference).abs().max()),
+        "max_logit": float(reference.abs().max()),
+    }
 
 
 def _run(model: PreTrainedModel, positions: Sequence[Position]) -> torch.Tensor:

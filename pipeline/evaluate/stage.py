@@ -76,9 +76,10 @@ async def _evaluate(
     ) as engine:
         for mode, count, max_tokens in plan:
             asked = questions[:count]
+            log.info("%s: asking %d questions in %s mode", gguf.name, len(asked), mode)
             texts = await _ask_all(engine, chat, asked, mode, max_tokens)
             result[mode] = _score(asked, texts, mode, candidates)
-            log.info("%s: %s of %d correct", mode, result[mode]["num_correct"], len(asked))
+            log.info("%s of %d answered correctly", result[mode]["num_correct"], len(asked))
     return result
 
 

@@ -22,6 +22,11 @@ class Artefact:
     gguf: Path
     folder: Path
 
+    @property
+    def slug(self) -> str:
+        """What clients call it."""
+        return f"{AUTHOR}/{self.name}"
+
 
 @dataclass(frozen=True)
 class Served:

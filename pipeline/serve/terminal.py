@@ -12,15 +12,15 @@ from pipeline.chat import Message, Mode
 from pipeline.errors import PipelineError
 
 
-def talk(url: str, mode: Mode, console: Console) -> None:
+def talk(url: str, model: str, mode: Mode, console: Console) -> None:
     """Read lines and stream replies until the input ends; `url` ends in /v1, as for any client."""
-    asyncio.run(_talk(url, mode, console))
+    asyncio.run(_talk(url, model, mode, console))
 
 
-async def _talk(url: str, mode: Mode, console: Console) -> None:
+async def _talk(url: str, model: str, mode: Mode, console: Console) -> None:
     history: list[Message] = []
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
-        speaker = Speaker(session, url, mode)
+        speaker = Speaker(session, url, model, mode)
         await speaker.check()
         while True:
             try:
@@ -49,8 +49,9 @@ async def _show(speaker: "Speaker", history: list[Message], console: Console) ->
 class Speaker:
     """A client of one server's chat."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, mode: Mode) -> None:
+    def __init__(self, session: aiohttp.ClientSession, url: str, model: str, mode: Mode) -> None:
         self._session = session
+        self._model = model
         self._url = url.rstrip("/")
         self._mode = mode
 
@@ -69,6 +70,7 @@ class Speaker:
     async def deltas(self, messages: list[Message]) -> AsyncIterator[dict[str, Any]]:
         """The deltas of the reply to a conversation."""
         body = {
+            "model": self._model,
             "messages": messages,
             "stream": True,
             "reasoning": {"enabled": self._mode == "thinking"},

@@ -1,0 +1,268 @@
+"""Training itself: what is learnt from, what moves, and what the log says."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from pipeline.chat import Chat
+from pipeline.data.rows import Row
+from pipeline.data.store import write_rows
+from pipeline.errors import BaseError, RecipeError
+from pipeline.recipe import Train
+from pipeline.train import (
+    IGNORED,
+    SupervisedTrainer,
+    _arguments,
+    keep_adapter_in_float32,
+    labelled,
+    load_base,
+    train,
+    with_adapter,
+)
+
+TALKS = (
+    ("Is it open?", "", "Yes, until nine."),
+    ("What is two and two?", "Two and two make four.", "Four."),
+    ("Wer bist du?", "", "Ein kleines Modell."),
+    ("Where is my parcel?", "Parcels take a day. It left today.", "It comes tomorrow."),
+)
+FAST = {
+    "rank": 4,
+    "alpha": 8,
+    "batch_rows": 4,
+    "micro_rows": 2,
+    "learning_rate": 0.02,
+    "warmup_steps": 0,
+    "schedule": "constant_with_warmup",
+    "checkpointing": "none",
+}
+
+
+def settings(**values: Any) -> Train:
+    return Train.model_validate(FAST | {"steps": 2} | values)
+
+
+@pytest.fixture(scope="session")
+def rows(chat: Chat) -> list[Row]:
+    found = []
+    for number, (question, reasoning, answer) in enumerate(TALKS):
+        reply = {"role": "assistant", "content": answer, "reasoning": reasoning}
+        for turn in chat.turns([{"role": "user", "content": question}, reply], None):
+            ids = (turn.prompt_ids, turn.completion_ids)
+            found.append(Row(*ids, f"talk:{number}", 1, turn.mode))
+    return found
+
+
+@pytest.fixture(scope="session")
+def rows_file(rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "train.arrow"
+    write_rows(path, rows)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(
+    tiny_base: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, dict[str, float]]]:
+    """The folder of a training of two steps with a method, and what it measured; once each."""
+    done: dict[str, tuple[Path, dict[str, float]]] = {}
+
+    def run(method: str) -> tuple[Path, dict[str, float]]:
+        if method not in done:
+            out = tmp_path_factory.mktemp(method)
+            done[method] = (out, train(settings(method=method), tiny_base, rows_file, out))
+        return done[method]
+
+    return run
+
+
+def read_metrics(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter_weights(out: Path) -> dict[str, torch.Tensor]:
+    return dict(load_file(out / "adapter" / "adapter_model.safetensors"))
+
+
+def test_labels_cover_exactly_the_completion(
+    tiny_base: Path, rows: list[Row], rows_file: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    dataset = labelled(rows_file)
+    assert len(dataset) == len(TALKS)
+    for (_, reasoning, answer), row, example in zip(TALKS, rows, dataset, strict=True):
+        thought = f"<think>\n{reasoning}\n</think>\n\n" if reasoning else ""
+        learnt = [label for label in example["labels"] if label != IGNORED]
+        assert tokenizer.decode(learnt) == f"{thought}{answer}<|im_end|>"
+        assert example["input_ids"] == row.prompt_ids + row.completion_ids
+        assert example["labels"][: len(row.prompt_ids)] == [IGNORED] * len(row.prompt_ids)
+        assert example["length"] == len(example["labels"]) == len(example["input_ids"])
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_two_steps_on_the_same_rows_lower_the_loss(trained: Any, method: str) -> None:
+    out, measured = trained(method)
+    losses = [line["loss"] for line in read_metrics(out)]
+    assert measured["steps"] == 2
+    assert 5 < losses[0] < 6.5, "an untrained model knows nothing: about ln 320"
+    assert losses[1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_adapter_is_on_every_linear_layer_moved_and_float32(
+    trained: Any, method: str
+) -> None:
+    weights = adapter_weights(trained(method)[0])
+    assert len(weights) == 2 * 7 * 2
+    for name, values in weights.items():
+        assert values.dtype == torch.float32
+        assert torch.isfinite(values).all()
+        if ".lora_B." in name:
+            assert values.abs().max() > 0, "B begins at zero"
+    assert not any("embed" in name or "lm_head" in name for name in weights)
+
+
+def build(base: Path, rows_file: Path, out: Path, **values: Any) -> SupervisedTrainer:
+    """A trainer as `train` builds it."""
+    chosen = settings(**values)
+    torch.manual_seed(chosen.seed)
+    model = with_adapter(load_base(base, chosen), chosen)
+    trainer = SupervisedTrainer(
+        model=model,
+        args=_arguments(chosen, out),
+        train_dataset=labelled(rows_file),
+        processing_class=AutoTokenizer.from_pretrained(base),
+    )
+    keep_adapter_in_float32(model)
+    return trainer
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_frozen_weights_keep_every_bit(
+    tiny_base: Path, rows_file: Path, tmp_path: Path, method: str
+) -> None:
+    trainer = build(tiny_base, rows_file, tmp_path, method=method)
+
+    def frozen() -> dict[str, str]:
+        return {
+            name: hashlib.sha256(p.detach().flatten().view(torch.uint8).numpy()).hexdigest()
+            for name, p in trainer.model.named_parameters()
+            if not p.requires_grad
+        }
+
+    before = frozen()
+    trainer.train()
+    assert len(before) == 25
+    assert frozen() == before
+    moving = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert len(moving) == 28
+    assert all(p.dtype == torch.float32 for p in moving)
+
+
+def gradients(trainer: SupervisedTrainer, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    trainer.model.zero_grad()
+    loss.backward()
+    return {
+        name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None
+    }
+
+
+@pytest.mark.parametrize("num_items", [None, 37])
+def test_the_cheap_loss_on_a_cpu_is_trls_own(
+    tiny_base: Path, rows_file: Path, tmp_path: Path, num_items: int | None
+) -> None:
+    trainer = build(tiny_base, rows_file, tmp_path, dtype="float32", micro_rows=4)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    assert not inputs["attention_mask"].all(), "rows of unlike length are padded"
+    count = None if num_items is None else torch.tensor(num_items)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if ".lora_B." in name:  # zeros would hide the gradient of A
+                parameter.normal_(0, 0.05)
+
+    ours = trainer.compute_loss(trainer.model, dict(inputs), num_items_in_batch=count)
+    our_gradients = gradients(trainer, ours)
+    base = super(SupervisedTrainer, trainer)
+    theirs = base.compute_loss(trainer.model, dict(inputs), False, count)
+    their_gradients = gradients(trainer, theirs)
+
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert our_gradients.keys() == their_gradients.keys()
+    for name, gradient in our_gradients.items():
+        scale = float(their_gradients[name].abs().max())
+        assert scale > 0
+        torch.testing.assert_close(gradient, their_gradients[name], rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_the_loss_with_outputs_is_trls_own(
+    tiny_base: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    trainer = build(tiny_base, rows_file, tmp_path, dtype="float32")
+    inputs = next(iter(trainer.get_train_dataloader()))
+    cheap = trainer.compute_loss(trainer.model, dict(inputs))
+    loss, _ = trainer.compute_loss(trainer.model, dict(inputs), return_outputs=True)
+    assert loss.item() == pytest.approx(cheap.item(), rel=1e-5)
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(
+    trained: Any, tiny_base: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    first = (trained("lora")[0] / "adapter" / "adapter_model.safetensors").read_bytes()
+    for seed, is_same in ((42, True), (43, False)):
+        out = tmp_path / str(seed)
+        out.mkdir()
+        train(settings(seed=seed), tiny_base, rows_file, out)
+        again = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+        assert (again == first) is is_same
+
+
+def test_the_log_has_a_line_a_step_and_its_counts_add_up(trained: Any, rows: list[Row]) -> None:
+    out, measured = trained("lora")
+    lines = read_metrics(out)
+    assert [line["step"] for line in lines] == [1, 2]
+    num_learnt = sum(len(row.completion_ids) for row in rows)
+    num_prompt = sum(len(row.prompt_ids) for row in rows)
+    for line in lines:  # both steps see all four rows
+        assert line["num_supervised_tokens"] == num_learnt
+        assert line["num_tokens"] == num_learnt + num_prompt
+        assert line["seconds"] > 0
+        assert line["grad_norm"] > 0
+        assert line["learning_rate"] == 0.02
+    assert sum(line["seconds"] for line in lines) <= measured["seconds"] + 0.1
+    assert measured["peak_bytes"] > 50_000_000
+
+
+def test_checkpointing_changes_nothing_but_memory(
+    trained: Any, tiny_base: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    train(settings(checkpointing="full"), tiny_base, rows_file, tmp_path)
+    for name, values in adapter_weights(trained("lora")[0]).items():
+        torch.testing.assert_close(adapter_weights(tmp_path)[name], values)
+
+
+def test_chosen_modules_alone_get_an_adapter(tiny_base: Path) -> None:
+    chosen = settings(target_modules=["q_proj"])
+    model = with_adapter(load_base(tiny_base, chosen), chosen)
+    moving = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(moving) == 4
+    assert all("q_proj" in name for name in moving)
+
+
+def test_a_module_the_base_has_not_is_the_recipes_fault(tiny_base: Path) -> None:
+    chosen = settings(target_modules=["c_attn"])
+    with pytest.raises(RecipeError, match=r"^train\.target_modules: .*c_attn"):
+        with_adapter(load_base(tiny_base, chosen), chosen)
+
+
+def test_a_base_that_cannot_be_loaded_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BaseError, match=r"cannot be loaded: ") as caught:
+        load_base(tmp_path, settings())
+    assert "\n" not in str(caught.value)
