@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import DataError, RunError
+from pipeline.errors import RunError
 from pipeline.recipe import Recipe
 from pipeline.run import Run, hash_file, hash_value, hash_weights
 
@@ -42,12 +42,14 @@ def _data(context: Context) -> Inputs:
 
 
 def _hash_source(path: str) -> str:
+    """The sha256 of a source; a file that is gone is a change, and no reason to stop a later stage.
+
+    A run folder may be moved to a machine that never had the conversations.
+    """
     try:
         return hash_file(Path(path))
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror}; see data in the recipe"
-        ) from error
+    except OSError:
+        return "missing"
 
 
 def _train(context: Context) -> Inputs:

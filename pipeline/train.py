@@ -133,8 +133,8 @@ def _arguments(settings: Train, scratch: Path) -> SFTConfig:
         weight_decay=settings.weight_decay,
         seed=settings.seed,
         bf16=settings.dtype == "bfloat16",
-        gradient_checkpointing=settings.checkpointing == "full",
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing=settings.checkpointing == "full",
+        activation_checkpointing_kwargs={"use_reentrant": False},
         max_length=None,  # the data stage has decided; TRL would cut answers at 1024
         dataset_kwargs={"skip_prepare_dataset": True},
         # Rows of like length together: less padding, and the order still comes from the seed.

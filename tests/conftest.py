@@ -1,8 +1,13 @@
 """Fixtures more than one test file needs."""
 
+import os
+
+# Read once, when the libraries are imported. One thread: two would only wait for each other over
+# models as small as these.
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
 import asyncio
 import contextlib
-import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -10,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from adapters import make_adapter
 from scripted import ScriptedEngine
 
 from pipeline.base.dialogue import write_byte_tokenizer
@@ -18,8 +22,6 @@ from pipeline.chat import Chat
 from pipeline.export import export_gguf
 from pipeline.serve.app import App
 from pipeline.serve.catalog import Catalog, Served
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +58,8 @@ def tiny_gguf(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def tiny_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random adapter on every linear layer of `tiny`, made by PEFT."""
+    from adapters import make_adapter
+
     return make_adapter(tiny_base, tmp_path_factory.mktemp("adapters") / "random")
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import zipfile
 from pathlib import Path
 
@@ -176,7 +175,7 @@ def test_a_wheel_is_fetched_and_unpacked_once(
     assert (folder / "parcel" / "gift.txt").read_text() == "a gift"
     assert wheels.unpacked(wheel) == folder
     assert len(delivered) == 1
-    assert os.listdir(folder.parent) == ["parcel-1"]
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_a_wheel_of_other_bytes_is_refused_and_nothing_of_it_stays(
@@ -187,7 +186,7 @@ def test_a_wheel_of_other_bytes_is_refused_and_nothing_of_it_stays(
     with pytest.raises(BaseError, match=f"has sha256 {wheel.sha256}, not 0{{64}}"):
         wheels.unpacked(other)
     assert len(delivered) == 1
-    assert not os.listdir(tmp_path / "cache" / "pipeline")
+    assert not list((tmp_path / "cache" / "pipeline").iterdir())
 
 
 def test_a_wheel_the_package_index_does_not_give_is_one_sentence(
@@ -198,7 +197,7 @@ def test_a_wheel_the_package_index_does_not_give_is_one_sentence(
     monkeypatch.setenv("PIP_RETRIES", "0")
     with pytest.raises(BaseError, match="parcel==1 could not be fetched from the package index: "):
         wheels.unpacked(wheels.Wheel("parcel", "1", "0" * 64))
-    assert not os.listdir(tmp_path / "pipeline")
+    assert not list((tmp_path / "pipeline").iterdir())
 
 
 def test_the_demo_bases_unused_tokens_become_qwen3s_visible_blocks(tmp_path: Path) -> None:

@@ -79,6 +79,13 @@ def numbered(path: Path, size: int, start: int = 0) -> Path:
             row(USER, DIRECT | {"tool_calls": [{"function": {"arguments": "{}"}}]}),
             "message 1: a tool call has no function name",
         ),
+        *(
+            (
+                row(USER, DIRECT | {"tool_calls": [{"function": {"name": "f", "arguments": bad}}]}),
+                "message 1: a tool call's arguments are not a JSON object",
+            )
+            for bad in ('{"a": 1', "[1]", [1])
+        ),
         (row(USER, DIRECT, tools={}), None),
         (row(USER, DIRECT, tools=["f"]), "tools must be a list of JSON objects"),
         (row(USER, DIRECT, tools="[{"), "tools must be a list of JSON objects"),

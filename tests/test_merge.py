@@ -118,9 +118,7 @@ def test_the_merged_model_answers_exactly_like_base_plus_adapter(
 
     before = logits(base)
     expected = logits(PeftModel.from_pretrained(base, str(tiny_adapter)))
-    actual = logits(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    )
+    actual = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
 
     tolerance = 1e-5 * float(expected.abs().max())
     assert float((actual - expected).abs().max()) < tolerance
@@ -130,9 +128,6 @@ def test_the_merged_model_answers_exactly_like_base_plus_adapter(
 def test_an_adapter_of_zeros_gives_the_bases_own_bytes(tiny_base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tiny_base, tmp_path / "zeros", b_scale=0.0)
     merge(tiny_base, adapter, tmp_path / "merged")
-    assert (tmp_path / "merged" / SINGLE).read_bytes()[-100_000:] == (
-        tiny_base / SINGLE
-    ).read_bytes()[-100_000:]
     base, merged = weights_of(tiny_base), weights_of(tmp_path / "merged")
     assert all(raw(merged[name]) == raw(values) for name, values in base.items())
 
@@ -149,9 +144,7 @@ def test_a_checkpoint_of_several_shards_keeps_its_layout(
     tiny_base: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     sharded = tmp_path / "sharded"
-    AutoModelForCausalLM.from_pretrained(tiny_base).save_pretrained(
-        sharded, max_shard_size="100KB"
-    )
+    AutoModelForCausalLM.from_pretrained(tiny_base).save_pretrained(sharded, max_shard_size="100KB")
     merge(sharded, tiny_adapter, tmp_path / "merged")
     merge(tiny_base, tiny_adapter, tmp_path / "whole")
     names = sorted(path.name for path in sharded.iterdir())

@@ -32,7 +32,10 @@ TOOL = {
     },
 }
 
-texts = st.text(max_size=12).filter(lambda text: "\U0010fffd" not in text)
+# Hypothesis picks constants out of the sources, so control tokens would come up.
+texts = st.text(max_size=12).filter(
+    lambda text: not any(token in text for token in (*LITERALS, "\U0010fffd"))
+)
 said = texts.filter(str.strip)
 arguments = st.dictionaries(texts, texts | st.integers() | st.booleans() | st.none(), max_size=2)
 calls = st.lists(
@@ -118,7 +121,7 @@ def assert_chat_is_official(
 
 
 @settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
@@ -127,6 +130,29 @@ def test_text_and_ids_of_any_conversation_are_the_official_ones(
     chat: Chat, official: Official, conversation: tuple[list[Message], list[Any] | None]
 ) -> None:
     assert_chat_is_official(chat, official, *conversation)
+
+
+def test_any_checkpoints_template_is_compiled_as_transformers_compiles_it(
+    chat_folder: Path, official: Official, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(chat_folder, tmp_path / "base")
+    template = """{% for message in messages %}
+    {% if message.role == "tool" %}
+        {% break %}
+    {% endif %}
+    {{ message | tojson(indent=2) }} {{ message.content | tojson }}
+{% endfor %}
+{{ strftime_now("%Y") }} {{ tools | tojson }}
+"""
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    messages = [*ASK, {"role": "user", "content": "né <b>'&"}, {"role": "tool", "content": "no"}]
+    prepared = [{"role": m["role"], "content": m["content"]} for m in messages]
+
+    theirs = official.tokenizer.apply_chat_template(
+        prepared, [TOOL], chat_template=template, tokenize=False
+    )
+
+    assert Chat(folder).render(messages, [TOOL], None) == theirs
 
 
 def test_the_vendored_template_is_the_one_in_trl() -> None:

@@ -116,9 +116,7 @@ def test_two_steps_on_the_same_rows_lower_the_loss(trained: Any, method: str) ->
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_the_adapter_is_on_every_linear_layer_moved_and_float32(
-    trained: Any, method: str
-) -> None:
+def test_the_adapter_is_on_every_linear_layer_moved_and_float32(trained: Any, method: str) -> None:
     weights = adapter_weights(trained(method)[0])
     assert len(weights) == 2 * 7 * 2
     for name, values in weights.items():
@@ -207,7 +205,8 @@ def test_the_loss_with_outputs_is_trls_own(
     trainer = build(tiny_base, rows_file, tmp_path, dtype="float32")
     inputs = next(iter(trainer.get_train_dataloader()))
     cheap = trainer.compute_loss(trainer.model, dict(inputs))
-    loss, _ = trainer.compute_loss(trainer.model, dict(inputs), return_outputs=True)
+    with pytest.warns(FutureWarning, match="return_outputs"):
+        loss, _ = trainer.compute_loss(trainer.model, dict(inputs), return_outputs=True)
     assert loss.item() == pytest.approx(cheap.item(), rel=1e-5)
 
 

@@ -1,5 +1,6 @@
 """What a certificate means: torch-free, for the command line and the server."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ def judge(artefacts: dict[str, dict[str, Any]], limits: Mapping[Any, float]) -> 
     """A certificate from what was measured: each artefact passes or misses its limit."""
     for name, measured in artefacts.items():
         limit = limits.get(name)
-        within = limit is None or measured["mean_kl"] <= limit
+        within = measured["mean_kl"] <= (math.inf if limit is None else limit)  # never of NaN
         measured["max_mean_kl"] = limit
         measured["passed"] = within and measured.get("wrong_values", 0) == 0
     return {"artefacts": artefacts, "passed": all(a["passed"] for a in artefacts.values())}

@@ -22,7 +22,7 @@ def check_weights(base: Path, adapter: Path, method: str, merged: Path) -> dict[
     deltas = dict(_deltas(adapter))
     quantised = quantised_weights(base) if method == "qlora" else frozenset()
     originals, stored = _tensors(base), _tensors(merged)
-    if originals.keys() != stored.keys():
+    if {n: t.shape for n, t in originals.items()} != {n: t.shape for n, t in stored.items()}:
         raise RunError(f"{merged} does not hold the same tensors as {base}; merge again")
     num_values = num_wrong = 0
     for name, tensor in originals.items():

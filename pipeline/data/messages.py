@@ -56,6 +56,8 @@ def _parse(path: Path, line: int, text: str) -> Conversation | DataError:
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
         return DataError.at(path, line, f"{half} is half a character; a text was cut there")
+    except json.JSONDecodeError as error:
+        return DataError.at(path, line, f"not JSON: {error.msg} at character {error.pos + 1}")
     except (ValueError, RecursionError) as error:
         return DataError.at(path, line, f"not JSON: {error}")
     try:
@@ -82,6 +84,16 @@ def _check_row(row: Any) -> tuple[tuple[Message, ...], tuple[dict[str, Any], ...
     return tuple(messages), tuple(tools)
 
 
+def _are_arguments(arguments: Any) -> bool:
+    """Whether call arguments are an object, or the text of one, or left out."""
+    if isinstance(arguments, str) and arguments:
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            return False
+    return not arguments or isinstance(arguments, dict)
+
+
 def _check_message(index: int, message: Any) -> None:
     if not isinstance(message, dict):
         raise DataError(f"message {index} is not a JSON object")
@@ -99,5 +111,7 @@ def _check_message(index: int, message: Any) -> None:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(f"message {index}: a tool call has no function name")
+        if not _are_arguments(function.get("arguments")):
+            raise DataError(f"message {index}: a tool call's arguments are not a JSON object")
     if role == "assistant" and not calls and not text_of(message.get("content")).strip():
         raise DataError(f"message {index}: an assistant turn with neither text nor tool calls")

@@ -115,6 +115,9 @@ class LlamaCpp:
             "stream": False,
             "n_probs": top,
             "post_sampling_probs": False,
+            # llama.cpp keeps a token and its probabilities to itself while its text is part of a
+            # character, so it is made to choose another; the probabilities are from before that.
+            "grammar": 'root ::= "a"',
         }
         async with self._post(body) as response:
             answer = orjson.loads(await response.read())

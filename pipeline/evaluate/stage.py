@@ -43,11 +43,20 @@ def read_questions(path: Path) -> list[Question]:
     questions = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-            questions.append(Question(row["messages"], row["answer"]))
-        except (ValueError, KeyError, TypeError) as error:
+            questions.append(_parse(json.loads(line)))
+        except (ValueError, LookupError, TypeError) as error:
             raise DataError.at(path, number, "a question needs `messages` and `answer`") from error
+    if not questions:
+        raise DataError(f"{path} holds no questions")
     return questions
+
+
+def _parse(row: dict[str, Any]) -> Question:
+    question = Question(row["messages"], row["answer"])
+    last = question.messages[-1]["content"]
+    if not all(isinstance(text, str) and text for text in (question.answer, last)):
+        raise ValueError("not texts")
+    return question
 
 
 def evaluate(
