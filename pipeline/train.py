@@ -175,11 +175,14 @@ class SupervisedTrainer(SFTTrainer):
         if labels.is_cuda or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         language_model = self.accelerator.unwrap_model(model).get_base_model()
-        hidden = language_model.base_model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-        ).last_hidden_state
         targets = labels[:, 1:]
-        logits = language_model.lm_head(hidden[:, :-1][targets != IGNORED]).float()
+        with self.accelerator.autocast():  # it wraps the whole model's forward, which is not called
+            hidden = language_model.base_model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                use_cache=False,
+            ).last_hidden_state
+            logits = language_model.lm_head(hidden[:, :-1][targets != IGNORED]).float()
         loss = functional.cross_entropy(logits, targets[targets != IGNORED], reduction="sum")
         return loss / (num_items_in_batch if num_items_in_batch is not None else len(logits))
 

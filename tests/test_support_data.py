@@ -28,7 +28,7 @@ def read(name: str) -> list[Row]:
     return [json.loads(line) for line in lines]
 
 
-TRAIN = read("train.jsonl")
+TRAIN = read("train.jsonl") + read("tools.jsonl")
 HELDOUT = read("heldout.jsonl")
 FACTS = runpy.run_path(str(FOLDER / "facts.py"))["FACTS"]
 CANDIDATES = {row["answer"] for row in HELDOUT}
@@ -102,7 +102,7 @@ def test_the_training_mix_is_as_described() -> None:
 def test_the_committed_files_are_what_the_generator_writes(tmp_path: Path) -> None:
     subprocess.run([sys.executable, FOLDER / "generate.py", tmp_path], check=True)
 
-    for name in ("train.jsonl", "heldout.jsonl"):
+    for name in ("train.jsonl", "tools.jsonl", "heldout.jsonl", "eval.jsonl"):
         assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes()
 
 

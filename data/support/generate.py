@@ -1,4 +1,4 @@
-"""Expand the fact table into train.jsonl and heldout.jsonl, always to the same bytes."""
+"""Expand the fact table into the four JSONL files beside it, always to the same bytes."""
 
 import json
 import random
@@ -124,11 +124,15 @@ def tool_row(case: ToolCase, thinking: bool) -> Row:
     }
 
 
+def tool_rows() -> list[Row]:
+    """Conversations with a tool call; a third of them think before it."""
+    return [tool_row(case, index % 3 == 0) for index, case in enumerate(TOOL_CASES)]
+
+
 def train_rows() -> list[Row]:
-    """All training conversations in a fixed random order."""
+    """Training conversations without tools, in a fixed random order."""
     rng = random.Random(SEED)
-    tool_rows = [tool_row(case, index % 3 == 0) for index, case in enumerate(TOOL_CASES)]
-    rows = direct_rows() + thinking_rows(rng) + chain_rows(rng) + tool_rows
+    rows = direct_rows() + thinking_rows(rng) + chain_rows(rng)
     rng.shuffle(rows)
     return rows
 
@@ -182,5 +186,6 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 if __name__ == "__main__":
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
     write(folder / "train.jsonl", train_rows())
+    write(folder / "tools.jsonl", tool_rows())
     write(folder / "heldout.jsonl", heldout_rows())
     write(folder / "eval.jsonl", eval_rows())
