@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import DataError, RunError
+from pipeline.errors import RunError
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.run import Run
 from pipeline.stages import STAGES, Context, find_stage, stale_before

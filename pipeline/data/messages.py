@@ -94,6 +94,19 @@ def _are_arguments(arguments: Any) -> bool:
     return not arguments or isinstance(arguments, dict)
 
 
+def _check_calls(index: int, message: Message) -> list[Any]:
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise DataError(f"message {index}: tool_calls must be a list")
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(f"message {index}: a tool call has no function name")
+        if not _are_arguments(function.get("arguments")):
+            raise DataError(f"message {index}: a tool call's arguments are not a JSON object")
+    return calls
+
+
 def _check_message(index: int, message: Any) -> None:
     if not isinstance(message, dict):
         raise DataError(f"message {index} is not a JSON object")
@@ -104,14 +117,6 @@ def _check_message(index: int, message: Any) -> None:
         text_of(message.get("content"))
     except DataError as error:
         raise DataError(f"message {index}: {error}") from error
-    calls = message.get("tool_calls") or []
-    if not isinstance(calls, list):
-        raise DataError(f"message {index}: tool_calls must be a list")
-    for call in calls:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise DataError(f"message {index}: a tool call has no function name")
-        if not _are_arguments(function.get("arguments")):
-            raise DataError(f"message {index}: a tool call's arguments are not a JSON object")
+    calls = _check_calls(index, message)
     if role == "assistant" and not calls and not text_of(message.get("content")).strip():
         raise DataError(f"message {index}: an assistant turn with neither text nor tool calls")
