@@ -3,13 +3,15 @@
 # make all RECIPE=recipes/NAME.yaml   the chain of stages; each stage is a target of its own too
 
 RECIPE ?= recipes/demo.yaml
-NAME := $(or $(shell sed -n 's/^name: *\([A-Za-z0-9._-]*\).*/\1/p' $(RECIPE)),$(basename $(notdir $(RECIPE))))
+NAME := $(or $(shell sed -n 's/^name: *["'\'']\{0,1\}\([A-Za-z0-9._-]*\).*/\1/p' $(RECIPE)),$(basename $(notdir $(RECIPE))))
 RUN ?= runs/$(NAME)
 PORT ?= 8000
 PYTHON ?= python3
 BIN := .venv/bin
 PIPELINE := $(BIN)/python -m pipeline
-QUESTION := How many stop sequences may a request have at most?
+# Without what torch's own build brings along, which differs from machine to machine.
+FREEZE := $(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9]*$$//' | grep -v '^nvidia-\|^triton\|^cuda'
+QUESTION := With what request header do I opt in to response caching?
 SYSTEM := You are the support assistant for the OpenRouter chat API.
 
 .PHONY: demo all data plan train merge export certify evaluate serve test test-all check constraints clean
@@ -18,7 +20,7 @@ demo: .venv/ready bases/demo/base.json
 	$(PIPELINE) check recipes/demo.yaml
 	@$(MAKE) --no-print-directory all RECIPE=recipes/demo.yaml
 	$(PIPELINE) ask runs/demo "$(QUESTION)" --system "$(SYSTEM)"
-	@$(PIPELINE) evaluate runs/demo
+	@$(PIPELINE) evaluate recipes/demo.yaml
 
 all: evaluate
 
@@ -33,17 +35,20 @@ evaluate: $(RUN)/evaluation.json
 serve: .venv/ready
 	$(PIPELINE) serve $(RUN) --port $(PORT)
 
-$(RUN)/data/report.json: $(RECIPE) | .venv/ready
+# make goes by time, a stage by content: each looks for itself, and says so if there is nothing to
+# do. That also makes a missed certificate stop every run, not only the first.
+FORCE:
+$(RUN)/data/report.json: FORCE | .venv/ready
 	$(PIPELINE) data $(RECIPE)
-$(RUN)/adapter/adapter_config.json: $(RUN)/data/report.json
+$(RUN)/adapter/adapter_config.json: $(RUN)/data/report.json FORCE
 	$(PIPELINE) train $(RECIPE)
-$(RUN)/merged/config.json: $(RUN)/adapter/adapter_config.json
+$(RUN)/merged/config.json: $(RUN)/adapter/adapter_config.json FORCE
 	$(PIPELINE) merge $(RECIPE)
-$(RUN)/exports/tokenizer.json: $(RUN)/merged/config.json
+$(RUN)/exports/tokenizer.json: $(RUN)/merged/config.json FORCE
 	$(PIPELINE) export $(RECIPE)
-$(RUN)/certificate.json: $(RUN)/exports/tokenizer.json
+$(RUN)/certificate.json: $(RUN)/exports/tokenizer.json FORCE
 	$(PIPELINE) certify $(RECIPE)
-$(RUN)/evaluation.json: $(RUN)/certificate.json
+$(RUN)/evaluation.json: $(RUN)/certificate.json FORCE
 	$(PIPELINE) evaluate $(RECIPE)
 
 bases/%/base.json: .venv/ready
@@ -58,8 +63,8 @@ bases/%/base.json: .venv/ready
 	@touch $@
 
 test: .venv/ready
-	$(BIN)/python -m coverage run -m pytest -m "not slow and not node"
-	@echo "left out here: tests marked slow or node; make test-all runs them"
+	$(BIN)/python -m coverage run -m pytest -m "not node"
+	@echo "left out (deselected above): tests marked node, which need npm; make test-all runs them"
 
 test-all: .venv/ready
 	$(BIN)/python -m coverage run -m pytest
@@ -70,7 +75,7 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --verbose
-	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' | diff constraints.txt - \
+	$(FREEZE) | diff constraints.txt - \
 	  || { echo "constraints.txt is not what is installed: make constraints in a fresh .venv"; exit 1; }
 
 # Pins of everything, from a fresh environment; the next make takes them up.
@@ -78,7 +83,7 @@ constraints:
 	rm -rf .venv && $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[train,serve,dev]'
-	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' > constraints.txt
+	$(FREEZE) > constraints.txt
 
 clean:
 	rm -rf runs bases

@@ -54,7 +54,7 @@ class Chat:
     def __init__(self, folder: Path) -> None:
         """Read both files; raises BaseError naming the one that is missing or unreadable."""
         self.tokenizer = _load_tokenizer(folder / "tokenizer.json")
-        self.template = _compile(_template_text(folder))
+        self.template = _compile(template_text(folder))
         added = self.tokenizer.get_added_tokens_decoder()
         self._literals = [_ESCAPE, *(token.content for token in added.values())]
         self._literal_pattern = re.compile("|".join(re.escape(t) for t in self._literals))
@@ -235,7 +235,8 @@ def _load_tokenizer(path: Path) -> Tokenizer:
         raise BaseError(f"{path} is not a tokenizer: {error}") from error
 
 
-def _template_text(folder: Path) -> str:
+def template_text(folder: Path) -> str:
+    """A checkpoint's chat template, wherever it keeps it; BaseError if it has none."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")

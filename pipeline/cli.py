@@ -13,7 +13,7 @@ import typer
 
 from pipeline.errors import PipelineError, RecipeError
 from pipeline.recipe import Recipe, load_recipe, parse_recipe
-from pipeline.run import Run, hash_folder, read_json, write_json
+from pipeline.run import Run, read_json, write_json
 from pipeline.stages import Context, find_stage, stale_before
 
 app = typer.Typer(
@@ -35,12 +35,15 @@ EXTRAS["openai"] = "dev"
 @app.command()
 def check(target: Target, overrides: Sets = None) -> None:
     """Validate a recipe, its data files and its base; nothing is loaded."""
+    from pipeline.base.names import check_base
+
     recipe = _recipe(target, overrides)
     sources = [source.path for source in recipe.data.sources]
     named = [*sources, recipe.data.eval.path, recipe.evaluate.questions]
     missing = [path for path in named if path and not Path(path).is_file()]
     if missing:
         raise RecipeError(f"{target}: no such file from {Path.cwd()}: {', '.join(missing)}")
+    check_base(recipe.base)
     say(f"{target}: fine, {recipe.train.method} of {recipe.base}, run folder runs/{recipe.name}")
 
 
@@ -68,16 +71,15 @@ def base(
 def data(target: Target, overrides: Sets = None) -> None:
     """Conversations to rows, exactly as inference renders them."""
 
-    def work(context: Context) -> dict[str, str]:
+    def work(context: Context) -> None:
         from pipeline.chat import Chat
         from pipeline.data.prepare import prepare
 
         recipe = context.recipe
         report = prepare(recipe.data, Chat(context.base), recipe.train.seed, context.run.data)
         say(json.dumps(report, indent=2))
-        return {"train rows": report["train_sha256"], "held-out rows": report["eval_sha256"]}
 
-    _stage("data", _context(target, overrides), work)
+    _stage("data", _context(target, overrides, "config"), work)
 
 
 @app.command()
@@ -85,12 +87,12 @@ def plan(target: Target, overrides: Sets = None) -> None:
     """Predict memory, tokens and operations of a run, without a GPU and without weights."""
     from pipeline.plan import predict
 
-    context = _context(target, overrides)
-    context.run.output("data", "train rows")
-    counts = read_json(context.run.data_report)["train"]
+    context = _context(target, overrides, "config")
+    run = context.run
+    run.made("data")
+    counts = read_json(run.data_report)["train"]
     predicted = predict(context.recipe.train, context.base, counts)
-    before = read_json(context.run.plan) if context.run.plan.is_file() else {}
-    write_json(context.run.plan, before | {"predicted": predicted})
+    write_json(run.plan, {"predicted": predicted})
     say(json.dumps(predicted, indent=2))
     say(str(context.run.plan))
 
@@ -99,7 +101,7 @@ def plan(target: Target, overrides: Sets = None) -> None:
 def train(target: Target, overrides: Sets = None) -> None:
     """Fit the adapter."""
 
-    def work(context: Context) -> dict[str, str]:
+    def work(context: Context) -> None:
         from pipeline.environment import describe
         from pipeline.plan import predict
         from pipeline.train import train as fit
@@ -110,7 +112,6 @@ def train(target: Target, overrides: Sets = None) -> None:
         predicted = predict(recipe.train, context.base, counts)
         measured = fit(recipe.train, context.base, run.train_rows, run.folder)
         write_json(run.plan, {"predicted": predicted, "measured": measured})
-        return {"adapter": hash_folder(run.adapter)}
 
     _stage("train", _context(target, overrides), work)
 
@@ -119,12 +120,11 @@ def train(target: Target, overrides: Sets = None) -> None:
 def merge(target: Target, overrides: Sets = None) -> None:
     """Base plus adapter to one checkpoint."""
 
-    def work(context: Context) -> dict[str, str]:
+    def work(context: Context) -> None:
         from pipeline.merge import merge as write
 
         run = context.run
         write(context.base, run.adapter, run.merged, context.recipe.train.method)
-        return {"merged": hash_folder(run.merged)}
 
     _stage("merge", _context(target, overrides), work)
 
@@ -133,14 +133,13 @@ def merge(target: Target, overrides: Sets = None) -> None:
 def export(target: Target, overrides: Sets = None) -> None:
     """The merged checkpoint to GGUF files."""
 
-    def work(context: Context) -> dict[str, str]:
+    def work(context: Context) -> None:
         from pipeline.export import export_gguf
 
         run, recipe = context.run, context.recipe
         export_gguf(run.merged, run.exports, recipe.name, recipe.export.gguf)
         if recipe.evaluate.questions is not None:
             export_gguf(context.base, run.before, "base", recipe.export.gguf[-1:])
-        return {"exports": hash_folder(run.exports)}
 
     _stage("export", _context(target, overrides), work)
 
@@ -150,7 +149,7 @@ def certify(target: Target, overrides: Sets = None) -> None:
     """Prove that each artefact is the model as trained, within the recipe's limits."""
     context = _context(target, overrides)
 
-    def work(context: Context) -> dict[str, str]:
+    def work(context: Context) -> None:
         from pipeline.certify.stage import Trained
         from pipeline.certify.stage import certify as measure
         from pipeline.data.store import read_rows
@@ -168,7 +167,6 @@ def certify(target: Target, overrides: Sets = None) -> None:
             run.folder / "engine.log",
         )
         write_json(run.certificate, certificate)
-        return {}
 
     _stage("certify", context, work)
     from pipeline.certify.verdict import refuse_if_missed
@@ -182,8 +180,11 @@ def certify(target: Target, overrides: Sets = None) -> None:
 def evaluate(target: Target, overrides: Sets = None) -> None:
     """Ask held-out questions before and after, in both modes."""
     context = _context(target, overrides)
+    if context.recipe.evaluate.questions is None:
+        say("evaluate: nothing to score, the recipe names no evaluate.questions")
+        return
 
-    def work(context: Context) -> dict[str, str]:
+    def work(context: Context) -> None:
         from pipeline.chat import Chat
         from pipeline.evaluate.stage import evaluate as score
         from pipeline.evaluate.stage import read_questions
@@ -200,7 +201,6 @@ def evaluate(target: Target, overrides: Sets = None) -> None:
             when: score(f, chat, questions, recipe.evaluate, log) for when, f in files.items()
         }
         write_json(run.evaluation, scores)
-        return {}
 
     _stage("evaluate", context, work)
     _say_scores(read_json(context.run.evaluation))
@@ -208,7 +208,7 @@ def evaluate(target: Target, overrides: Sets = None) -> None:
 
 @app.command()
 def serve(
-    target: Annotated[Path, typer.Argument(help="A run folder or a .gguf file.")],
+    target: Annotated[Path, typer.Argument(help="A run folder, its recipe or a .gguf file.")],
     port: Annotated[int, typer.Option(help="0 takes any free port.")] = 8000,
     engine: Annotated[
         str, typer.Option(help="llamacpp, or a llama.cpp server's URL.")
@@ -223,7 +223,9 @@ def serve(
 
 @app.command()
 def chat(
-    target: Annotated[Path, typer.Argument(help="The run folder or .gguf file that is served.")],
+    target: Annotated[
+        Path, typer.Argument(help="What is served: a run folder, its recipe or a .gguf file.")
+    ],
     url: Annotated[
         str, typer.Option(help="The server's base URL.")
     ] = "http://127.0.0.1:8000/api/v1",
@@ -240,7 +242,7 @@ def chat(
 
 @app.command()
 def ask(
-    target: Annotated[Path, typer.Argument(help="A run folder or a .gguf file.")],
+    target: Annotated[Path, typer.Argument(help="A run folder, its recipe or a .gguf file.")],
     question: str,
     system: Annotated[str, typer.Option(help="A system message to go before it.")] = "",
 ) -> None:
@@ -262,40 +264,47 @@ def _recipe(target: Path, overrides: list[str] | None) -> Recipe:
     return load_recipe(target, overrides or ())
 
 
-def _context(target: Path, overrides: list[str] | None) -> Context:
+def _context(
+    target: Path,
+    overrides: list[str] | None,
+    what: Literal["everything", "config"] = "everything",
+) -> Context:
+    """The recipe, its run folder and its base; `config` leaves a hub base's weights there."""
     from pipeline.base.find import find_base
+    from pipeline.base.names import random_folder
 
     recipe = _recipe(target, overrides)
     run = Run(target) if target.is_dir() else Run.named(recipe.name)
-    if recipe.base.startswith("random:"):
-        base(
-            "random",
-            recipe.base.removeprefix("random:"),
-            Path("bases", recipe.base.replace(":", "-")),
-        )
-    found = find_base(recipe.base, recipe.revision)
-    write_json(run.recipe, recipe.model_dump(mode="json"))
-    if found.commit:
-        run.describe(base_commit=found.commit)
+    if recipe.base.startswith("random:") and not random_folder(recipe.base).is_dir():
+        base("random", recipe.base.removeprefix("random:"), random_folder(recipe.base))
+    named = {"base": recipe.base, "revision": recipe.revision}
+    facts = run.facts()
+    # A branch may move between two stages; a run stays with the commit it began with.
+    pinned = facts.get("base_commit") if facts.get("base_named") == named else None
+    found = find_base(recipe.base, pinned or recipe.revision, what)
+    if found.commit and found.commit != pinned:
+        run.describe(base_named=named, base_commit=found.commit)
     return Context(recipe, run, found.folder)
 
 
-def _stage(name: str, context: Context, work: Callable[[Context], dict[str, str]]) -> None:
+def _stage(name: str, context: Context, work: Callable[[Context], None]) -> None:
     """Run a stage, unless it is finished with the same inputs; say which, and what it made."""
     stage, run = find_stage(name), context.run
     for earlier, stale in stale_before(name, context).items():
         say(f"{earlier}: {', '.join(stale)} changed since it ran; run `pipeline {earlier}` again")
     inputs = stage.inputs(context)
     changed = run.changed(name, inputs)
-    product = stage.product(run)
-    if changed == [] and product.exists():
-        os.utime(product)  # for make, which goes by time
-        say(f"{name}: nothing to do, {product} was made from the same inputs")
+    products = stage.products(run)
+    if changed == [] and run.is_intact(name):
+        say(f"{name}: nothing to do, {products[0]} was made from the same inputs")
         return
     if changed:
         say(f"{name}: {', '.join(changed)} changed since it ran; running it again")
-    run.record(name, inputs, work(context))
-    say(str(product))
+    run.forget(name)
+    write_json(run.recipe, context.recipe.model_dump(mode="json"))
+    work(context)
+    run.record(name, inputs, products)
+    say(str(products[0]))
 
 
 def _say_scores(scores: dict[str, Any]) -> None:
@@ -311,7 +320,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # Libraries announce their own future; a user of ours can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for noisy in ("httpx", "transformers", "bitsandbytes", "accelerate", "datasets"):
+    for noisy in ("httpx2", "uvicorn", "transformers", "bitsandbytes", "accelerate", "datasets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")

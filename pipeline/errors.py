@@ -53,9 +53,6 @@ class GateMissed(PipelineError):
 class RequestError(PipelineError):
     """A request that cannot be answered; `status` and `error_type` are what the client sees."""
 
-    status = 400
-    error_type = "invalid_request"
-
     def __init__(self, message: str, status: int = 400, error_type: str = "invalid_request"):
         super().__init__(message)
         self.status = status

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.base.wheels import GGUF_CONVERTER, unpacked
+from pipeline.chat import template_text
 from pipeline.errors import RunError
 from pipeline.run import fresh_folder, publish
 
 log = logging.getLogger(__name__)
-
-DIALOGUE_FILES = ("tokenizer.json", "chat_template.jinja")
 
 
 def export_gguf(checkpoint: Path, out: Path, name: str, formats: Sequence[str]) -> None:
@@ -29,8 +28,9 @@ def export_gguf(checkpoint: Path, out: Path, name: str, formats: Sequence[str]) 
             file = temporary / f"{name}-{gguf_format}.gguf"
             log.info("writing %s", out / file.name)
             _convert(checkpoint, file, gguf_format)
-        for dialogue_file in DIALOGUE_FILES:
-            shutil.copyfile(checkpoint / dialogue_file, temporary / dialogue_file)
+        shutil.copyfile(checkpoint / "tokenizer.json", temporary / "tokenizer.json")
+        # Older checkpoints keep the template in tokenizer_config.json; a server gets it as a file.
+        (temporary / "chat_template.jinja").write_text(template_text(checkpoint), encoding="utf-8")
         publish(temporary, out)
     except OSError as error:
         raise RunError(f"{out} cannot be written: {error.strerror}") from error

@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import torch
 
 from pipeline.base.checkpoint import (
     DTYPES,
+    INDEX,
     Tensor,
     copy_blocks,
     read_header,
@@ -23,7 +25,7 @@ from pipeline.base.checkpoint import (
     write_shard,
 )
 from pipeline.base.nf4 import as_trained, quantised_weights
-from pipeline.errors import RunError
+from pipeline.errors import BaseError, RunError
 from pipeline.run import fresh_folder, publish
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,9 @@ Dtype = Literal["bfloat16", "float32"]
 _STORED: dict[Dtype, str] = {"bfloat16": "BF16", "float32": "F32"}
 _BLOCK_VALUES = 8 << 20  # 64 MiB of float64
 _PREFIX = "base_model.model."
+# What comes along unchanged; .model is a tokenizer's.
+_COPIED_ENDINGS = (".json", ".jinja", ".txt", ".md", ".model")
+_PAPERS = ("LICENSE", "README", "NOTICE")
 # What else PEFT can put into an adapter; each would need arithmetic that is not here.
 _UNSUPPORTED = (
     "use_dora",
@@ -58,6 +63,20 @@ class Lora:
     scale: float
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What becomes of a base: its shards, the factors for them, and how sums are stored."""
+
+    layout: dict[str, list[Tensor]]
+    factors: dict[str, Lora]
+    quantised: frozenset[str]
+    dtype: Dtype
+
+    def changes(self, tensor: Tensor) -> bool:
+        """Whether a tensor is merged into, rather than copied."""
+        return tensor.name in self.factors or tensor.name in self.quantised
+
+
 def merge(
     base: Path,
     adapter: Path,
@@ -69,40 +88,56 @@ def merge(
 
     For qlora the target is the base as trained: its weights quantised to NF4 and back. Sums are
     taken in float64 and rounded once to float32, then to `dtype`. Raises RunError for an adapter
-    that does not fit, and for a disk that is too small; nothing is left under `out` then.
+    that does not fit, and for a disk that is too small or fails; nothing is left under `out` then.
     """
-    layout = read_layout(base)
-    factors = read_adapter(adapter)
+    with _told(base, "read"):
+        plan = _plan(base, adapter, method, dtype)
+    with _told(out, "written"):
+        _check_space(plan, out)
+        temporary = fresh_folder(out)
+        try:
+            _write_shards(plan, temporary)
+            _copy_other_files(base, temporary)
+            publish(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _plan(base: Path, adapter: Path, method: str, dtype: Dtype) -> _Plan:
+    layout, factors = read_layout(base), read_adapter(adapter)
     tensors = {tensor.name: tensor for shard in layout.values() for tensor in shard}
     _check_fit(factors, tensors, adapter, base)
-    _check_space(sum(t.num_bytes for t in tensors.values()), out, dtype)
     quantised = quantised_weights(base) if method == "qlora" else frozenset()
-    temporary = fresh_folder(out)
+    return _Plan(layout, factors, quantised, dtype)
+
+
+@contextmanager
+def _told(path: Path, what: str) -> Iterator[None]:
+    """Say in one sentence that a disk has failed."""
     try:
-        for number, (name, shard) in enumerate(layout.items(), start=1):
-            changed = [t for t in shard if t.name in factors or t.name in quantised]
-            log.info("shard %d of %d: %d weights to merge", number, len(layout), len(changed))
-            shapes = {t.name: (_stored(t, changed, dtype), t.shape) for t in shard}
-            blocks = (
-                block
-                for tensor in shard
-                for block in (
-                    _merged_blocks(
-                        tensor, factors.get(tensor.name), tensor.name in quantised, dtype
-                    )
-                    if tensor in changed
-                    else copy_blocks(tensor)
-                )
-            )
-            write_shard(temporary / name, shapes, blocks)
-        _copy_other_files(base, temporary, set(layout))
-        publish(temporary, out)
+        yield
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise RunError(f"the disk is full; {out} was not written, free some space") from error
-        raise RunError(f"{out} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            raise RunError(f"the disk is full; {path} was not {what}, free some space") from error
+        reason = error.strerror or str(error).partition("\n")[0]
+        where = f" ({error.filename})" if error.filename else ""
+        raise RunError(f"{path} cannot be {what}: {reason}{where}") from error
+
+
+def _write_shards(plan: _Plan, out: Path) -> None:
+    for number, (name, shard) in enumerate(plan.layout.items(), start=1):
+        changed = sum(map(plan.changes, shard))
+        log.info("shard %d of %d: %d weights to merge", number, len(plan.layout), changed)
+        shapes = {tensor.name: (_stored(plan, tensor), tensor.shape) for tensor in shard}
+        write_shard(out / name, shapes, (block for t in shard for block in _blocks(plan, t)))
+
+
+def _stored(plan: _Plan, tensor: Tensor) -> str:
+    return _STORED[plan.dtype] if plan.changes(tensor) else tensor.dtype
+
+
+def _blocks(plan: _Plan, tensor: Tensor) -> Iterator[bytearray | memoryview]:
+    return _merged_blocks(plan, tensor) if plan.changes(tensor) else copy_blocks(tensor)
 
 
 def read_adapter(adapter: Path) -> dict[str, Lora]:
@@ -159,8 +194,9 @@ def _check_fit(
             )
 
 
-def _check_space(base_bytes: int, out: Path, dtype: Dtype) -> None:
-    needed = base_bytes * (2 if dtype == "float32" else 1)
+def _check_space(plan: _Plan, out: Path) -> None:
+    base_bytes = sum(tensor.num_bytes for shard in plan.layout.values() for tensor in shard)
+    needed = base_bytes * (2 if plan.dtype == "float32" else 1)
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if free < needed:
@@ -169,29 +205,41 @@ def _check_space(base_bytes: int, out: Path, dtype: Dtype) -> None:
         )
 
 
-def _stored(tensor: Tensor, changed: list[Tensor], dtype: Dtype) -> str:
-    return _STORED[dtype] if tensor in changed else tensor.dtype
-
-
-def _merged_blocks(
-    tensor: Tensor, lora: Lora | None, is_quantised: bool, dtype: Dtype
-) -> Iterator[memoryview]:
+def _merged_blocks(plan: _Plan, tensor: Tensor) -> Iterator[memoryview]:
+    lora = plan.factors.get(tensor.name)
     # NF4's double quantisation needs the whole tensor; without it rows come one block at a time.
-    whole = as_trained(read_tensor(tensor)) if is_quantised else None
+    whole = as_trained(read_tensor(tensor)) if tensor.name in plan.quantised else None
     rows = max(1, _BLOCK_VALUES // tensor.shape[1])
     for first in range(0, tensor.shape[0], rows):
         last = min(first + rows, tensor.shape[0])
         block = (read_rows(tensor, first, last) if whole is None else whole[first:last]).double()
         if lora is not None:
             block += lora.scale * (lora.b[first:last].double() @ lora.a.double())
-        yield tensor_bytes(block.float().to(DTYPES[_STORED[dtype]]))
+        yield tensor_bytes(block.float().to(DTYPES[_STORED[plan.dtype]]))
 
 
-def _copy_other_files(base: Path, out: Path, shards: set[str]) -> None:
+def _copy_other_files(base: Path, out: Path) -> None:
     for path in base.iterdir():
-        if path.is_file() and path.name not in shards and path.name != "base.json":
+        if path.is_file() and _belongs_to_a_checkpoint(path.name):
             shutil.copyfile(path, out / path.name)
-    config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    _write_config(base, out)
+
+
+def _belongs_to_a_checkpoint(name: str) -> bool:
+    """Tokenizer, template, configuration and papers: never weights, which would be unmerged.
+
+    Nor an index of other weights; and base.json speaks of the base's own bytes.
+    """
+    if name.endswith(".index.json"):
+        return name == INDEX
+    return name != "base.json" and (name.endswith(_COPIED_ENDINGS) or name.startswith(_PAPERS))
+
+
+def _write_config(base: Path, out: Path) -> None:
+    try:
+        config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BaseError(f"{base / 'config.json'} is not JSON; fetch the base again") from error
     # transformers 4 reads rope_theta, transformers 5 rope_parameters; an engine that finds only the
     # other one falls back to a theta of 10,000 without a word.
     rope = config.get("rope_parameters") or {}

@@ -15,6 +15,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -22,9 +23,21 @@ from pipeline.errors import RecipeError
 
 
 class Section(BaseModel):
-    """A part of a recipe: frozen, and every key it does not know is an error."""
+    """A part of a recipe: frozen, and every key it does not know is an error.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    Numbers may be strings, for PyYAML reads 2e-4 as one; but they are finite.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # which pydantic would take for the number 1 or 0
+            raise ValueError("no key takes true or false; quote a word that is meant as one")
+        return value
 
 
 class Source(Section):
@@ -37,7 +50,7 @@ class Source(Section):
 
 
 class Held(Section):
-    """Rows kept out of training: for certificates and evaluation loss."""
+    """Rows kept out of training: for certificates."""
 
     path: str | None = None
     """A JSONL file of its own."""
@@ -107,6 +120,9 @@ class Train(Section):
             )
         if self.method == "qlora" and self.dtype == "float32":
             raise ValueError("qlora computes in bfloat16; remove dtype: float32 or use lora")
+        wanted = self.target_modules if isinstance(self.target_modules, tuple) else ()
+        if {name.rpartition(".")[2] for name in wanted} & {"lm_head", "embed_tokens"}:
+            raise ValueError("adapters on lm_head or embed_tokens cannot be trained and served")
         return self
 
 
@@ -116,17 +132,21 @@ GgufFormat = Literal["bf16", "q8_0"]
 class Export(Section):
     """Which files for llama.cpp the merged checkpoint is written as."""
 
-    gguf: tuple[GgufFormat, ...] = ("bf16", "q8_0")
+    gguf: tuple[GgufFormat, ...] = Field(default=("bf16", "q8_0"), min_length=1)
+
+
+class Limits(Section):
+    """One number for each artefact."""
+
+    merged: PositiveFloat = 0.01
+    bf16: PositiveFloat = 0.01
+    q8_0: PositiveFloat = 0.02
 
 
 class Certify(Section):
     """How close each artefact must stay to the model as trained."""
 
-    max_mean_kl: dict[Literal["merged", "bf16", "q8_0"], PositiveFloat] = {
-        "merged": 0.01,
-        "bf16": 0.01,
-        "q8_0": 0.02,
-    }
+    max_mean_kl: Limits = Limits()
     """Largest mean Kullback-Leibler divergence per token, in nats, from the model as trained."""
     merged_positions: PositiveInt = 2000
     """Held-out completion tokens the merged checkpoint is compared on, or all if fewer."""
@@ -147,8 +167,15 @@ class Evaluate(Section):
     thinking_max_tokens: PositiveInt = 192
 
 
+def _name_may_be_left_out(schema: dict[str, Any]) -> None:
+    """Editors check files, and a file without `name` is named after itself."""
+    schema["required"].remove("name")
+
+
 class Recipe(Section):
     """Everything one run is made from."""
+
+    model_config = ConfigDict(json_schema_extra=_name_may_be_left_out)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The run folder is runs/NAME; by default the recipe file's stem."""

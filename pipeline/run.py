@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,11 +100,27 @@ class Run:
         found = self._manifest()["stages"].get(name)
         return dict(found) if found else None
 
-    def record(self, name: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
-        """Write down that a stage made `outputs` from `inputs`, both name to sha256."""
+    def record(self, name: str, inputs: Mapping[str, str], products: Iterable[Path]) -> None:
+        """Write down what a stage was made from, name to sha256, and the files it made."""
         manifest = self._manifest()
-        manifest["stages"][name] = {"inputs": dict(inputs), "outputs": dict(outputs)}
+        files = hash_files(files_in(products), self.folder, {})
+        manifest["stages"][name] = {"inputs": dict(inputs), "files": files}
         write_json(self.manifest, manifest)
+
+    def forget(self, name: str) -> None:
+        """A stage is about to be made again: what it left is not to be trusted until it is done."""
+        manifest = self._manifest()
+        if manifest["stages"].pop(name, None):
+            write_json(self.manifest, manifest)
+
+    def is_intact(self, name: str) -> bool:
+        """Whether everything a stage made is still there as it left it."""
+        stage = self.stage(name)
+        if stage is None or not all((self.folder / file).is_file() for file in stage["files"]):
+            return False
+        paths = [self.folder / file for file in stage["files"]]
+        now = hash_files(paths, self.folder, stage["files"])
+        return hash_contents(now) == hash_contents(stage["files"])
 
     def facts(self) -> dict[str, Any]:
         """Everything `describe` and `record` have written."""
@@ -128,12 +144,21 @@ class Run:
         keys = before.keys() | inputs.keys()
         return sorted(key for key in keys if before.get(key) != inputs.get(key))
 
-    def output(self, stage: str, name: str) -> str:
-        """The sha256 a stage recorded for an output; RunError says which command makes it."""
+    def made(self, stage: str, only: str = "") -> str:
+        """One sha256 over what a stage made, or over one file of it, by its path in the run.
+
+        Raises RunError with the command that makes it, or makes it again.
+        """
         recorded = self.stage(stage)
-        if recorded is None or name not in recorded["outputs"]:
-            raise RunError(f"{self.folder} has no {name} yet: run `pipeline {stage}` first")
-        return str(recorded["outputs"][name])
+        if recorded is None:
+            raise RunError(f"{self.folder} lacks what {stage} makes: run `pipeline {stage}` first")
+        if not self.is_intact(stage):
+            raise RunError(
+                f"{self.folder}: what {stage} made has been changed or removed since; "
+                f"run `pipeline {stage}` again"
+            )
+        files = recorded["files"]
+        return hash_contents({only: files[only]} if only else files)
 
     def _manifest(self) -> dict[str, Any]:
         if not self.manifest.is_file():
@@ -197,33 +222,36 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_folder(folder: Path) -> str:
-    """One sha256 over the names and bytes of a folder's files."""
-    total = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            total.update(f"{path.relative_to(folder)} {hash_file(path)}\n".encode())
-    return total.hexdigest()
-
-
-def hash_weights(folder: Path, known: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """One sha256 over a checkpoint, and what to pass as `known` next time.
+def hash_files(paths: Iterable[Path], root: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Size, time and sha256 of files by their path below `root`; pass it as `known` next time.
 
     A file whose size and modification time have not changed is not read again: bases are large.
     """
     files = {}
-    for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.suffix not in (".safetensors", ".json", ".jinja"):
-            continue
-        status = path.stat()
-        before = known.get(path.name, {})
+    for path in paths:
+        status, name = path.stat(), str(path.relative_to(root))
+        before = known.get(name, {})
         same = before.get("size") == status.st_size and before.get("mtime") == status.st_mtime_ns
-        files[path.name] = {
+        files[name] = {
             "size": status.st_size,
             "mtime": status.st_mtime_ns,
             "sha256": before["sha256"] if same else hash_file(path),
         }
-    return hash_value({name: file["sha256"] for name, file in files.items()}), files
+    return files
+
+
+def hash_contents(files: Mapping[str, Any]) -> str:
+    """One sha256 over what `hash_files` found: names and bytes, not times."""
+    return hash_value({name: file["sha256"] for name, file in files.items()})
+
+
+def files_in(paths: Iterable[Path]) -> list[Path]:
+    """The files among some paths, and below those that are folders."""
+    found: list[Path] = []
+    for path in paths:
+        within = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found += [file for file in within if file.is_file()]
+    return found
 
 
 def hash_value(value: Any) -> str:

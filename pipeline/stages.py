@@ -1,12 +1,14 @@
 """Which stage is made from what, so that a finished one is known from a stale one. Torch-free."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.chat import template_text
 from pipeline.errors import RunError
 from pipeline.recipe import Recipe
-from pipeline.run import Run, hash_file, hash_value, hash_weights
+from pipeline.run import Run, hash_contents, hash_file, hash_files, hash_value
 
 Inputs = Mapping[str, str]
 
@@ -21,11 +23,13 @@ class Context:
 
     def base_hash(self) -> str:
         """The sha256 of the base; its files' own go into the manifest."""
-        manifest = self.run.facts()
-        total, files = hash_weights(self.base, manifest.get("base_files", {}))
-        if files != manifest.get("base_files"):
+        known = self.run.facts().get("base_files", {})
+        suffixes = (".safetensors", ".json", ".jinja")
+        paths = [p for p in sorted(self.base.iterdir()) if p.is_file() and p.suffix in suffixes]
+        files = hash_files(paths, self.base, known)
+        if files != known:
             self.run.describe(base_files=files)
-        return total
+        return hash_contents(files)
 
 
 def _data(context: Context) -> Inputs:
@@ -34,10 +38,10 @@ def _data(context: Context) -> Inputs:
     if recipe.data.eval.path:
         paths.append(recipe.data.eval.path)
     files = {path: _hash_source(path) for path in paths}
-    dialogue = [context.base / "tokenizer.json", context.base / "chat_template.jinja"]
+    tokenizer = hash_file(context.base / "tokenizer.json")
     return files | {
         "data": hash_value([recipe.data.model_dump(), recipe.train.seed]),
-        "dialogue": hash_value([hash_file(path) for path in dialogue if path.is_file()]),
+        "dialogue": hash_value([tokenizer, template_text(context.base)]),
     }
 
 
@@ -54,66 +58,66 @@ def _hash_source(path: str) -> str:
 
 def _train(context: Context) -> Inputs:
     return {
-        "rows": context.run.output("data", "train rows"),
+        "rows": context.run.made("data", "data/train.arrow"),
         "base": context.base_hash(),
         "train": hash_value(context.recipe.train.model_dump()),
     }
 
 
 def _merge(context: Context) -> Inputs:
-    return {
-        "adapter": context.run.output("train", "adapter"),
-        "base": context.base_hash(),
-        "method": hash_value(context.recipe.train.method),
-    }
+    adapter, base = context.run.made("train"), context.base_hash()
+    trained = context.run.stage("train")
+    if trained is not None and trained["inputs"]["base"] != base:
+        raise RunError(
+            f"{context.base} is not the base {context.run.adapter} was trained on, or has changed "
+            "since; run `pipeline train` again"
+        )
+    return {"adapter": adapter, "base": base, "method": hash_value(context.recipe.train.method)}
 
 
 def _export(context: Context) -> Inputs:
     return {
-        "merged": context.run.output("merge", "merged"),
+        "merged": context.run.made("merge"),
         "export": hash_value(context.recipe.export.model_dump()),
         "before": hash_value(context.recipe.evaluate.questions is not None),
     }
 
 
 def _certify(context: Context) -> Inputs:
-    run = context.run
     return {
-        "adapter": run.output("train", "adapter"),
-        "merged": run.output("merge", "merged"),
-        "exports": run.output("export", "exports"),
-        "held-out rows": run.output("data", "held-out rows"),
+        "adapter": context.run.made("train"),
+        "merged": context.run.made("merge"),
+        "exports": context.run.made("export"),
+        "held-out rows": context.run.made("data", "data/eval.arrow"),
         "certify": hash_value(context.recipe.certify.model_dump()),
     }
 
 
 def _evaluate(context: Context) -> Inputs:
-    questions = context.recipe.evaluate.questions
-    if questions is None:
-        raise RunError("there is nothing to evaluate: name evaluate.questions in the recipe")
     return {
-        "exports": context.run.output("export", "exports"),
-        "questions": _hash_source(questions),
+        "exports": context.run.made("export"),
+        "questions": _hash_source(str(context.recipe.evaluate.questions)),
         "evaluate": hash_value(context.recipe.evaluate.model_dump()),
     }
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage's name, what it is made from, and the file whose presence says it is finished."""
+    """A stage's name, what it is made from, and the files and folders it makes."""
 
     name: str
     inputs: Callable[[Context], Inputs]
-    product: Callable[[Run], Path]
+    products: Callable[[Run], tuple[Path, ...]]
+    """The one a user looks for comes first."""
 
 
 STAGES = (
-    Stage("data", _data, lambda run: run.data_report),
-    Stage("train", _train, lambda run: run.adapter / "adapter_config.json"),
-    Stage("merge", _merge, lambda run: run.merged / "config.json"),
-    Stage("export", _export, lambda run: run.exports / "tokenizer.json"),
-    Stage("certify", _certify, lambda run: run.certificate),
-    Stage("evaluate", _evaluate, lambda run: run.evaluation),
+    Stage("data", _data, lambda run: (run.data,)),
+    Stage("train", _train, lambda run: (run.adapter,)),
+    Stage("merge", _merge, lambda run: (run.merged,)),
+    Stage("export", _export, lambda run: (run.exports, run.before)),
+    Stage("certify", _certify, lambda run: (run.certificate,)),
+    Stage("evaluate", _evaluate, lambda run: (run.evaluation,)),
 )
 
 
@@ -130,7 +134,8 @@ def stale_before(name: str, context: Context) -> dict[str, list[str]]:
             break
         if context.run.stage(stage.name) is None:
             continue
-        changed = context.run.changed(stage.name, stage.inputs(context))
-        if changed:
-            stale[stage.name] = changed
+        # What an earlier stage was made from may have been deleted since, to save space.
+        with suppress(RunError):
+            if changed := context.run.changed(stage.name, stage.inputs(context)):
+                stale[stage.name] = changed
     return stale

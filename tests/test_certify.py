@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.base.checkpoint import SINGLE
+from pipeline.certify import stage
 from pipeline.certify.gguf import TOP, ask_gguf
 from pipeline.certify.measure import (
     HeldOut,
@@ -27,7 +28,7 @@ from pipeline.certify.stage import Trained, certify
 from pipeline.certify.verdict import judge, refuse_if_missed
 from pipeline.errors import GateMissed, RunError
 from pipeline.merge import merge
-from pipeline.recipe import Certify
+from pipeline.recipe import Certify, GgufFormat
 
 ROWS: list[HeldOut] = [
     ([257, 10, 20], [30, 40, 50, 258], "direct"),
@@ -35,6 +36,7 @@ ROWS: list[HeldOut] = [
     ([257, 12], [260, 13, 261, 14, 258], "thinking"),
 ]
 SETTINGS = Certify(merged_positions=100, gguf_positions=6)
+LIMITS = SETTINGS.max_mean_kl.model_dump()
 Weights = dict[str, torch.Tensor]
 UP = "model.layers.1.mlp.up_proj.weight"
 KEY = "model.layers.1.self_attn.k_proj.weight"
@@ -186,10 +188,10 @@ def test_a_tensor_of_another_shape_cannot_be_certified(
 
 
 def test_a_divergence_over_its_limit_misses_the_gate_with_exit_code_3() -> None:
-    artefacts = {"bf16": {"mean_kl": 0.001}, "q8_0": {"mean_kl": 0.5}, "other": {"mean_kl": 9.0}}
-    certificate = judge(artefacts, {"bf16": 0.01, "q8_0": 0.02})
+    artefacts = {"bf16": {"mean_kl": 0.001}, "q8_0": {"mean_kl": 0.5}}
+    certificate = judge(artefacts, LIMITS)
     passed = {name: artefact["passed"] for name, artefact in certificate["artefacts"].items()}
-    assert passed == {"bf16": True, "q8_0": False, "other": True}, "no limit, no miss"
+    assert passed == {"bf16": True, "q8_0": False}
     with pytest.raises(GateMissed, match=r"q8_0 \(mean KL 0\.5, allowed 0\.02, wrong") as caught:
         refuse_if_missed(certificate)
     assert "bf16" not in str(caught.value)
@@ -197,9 +199,47 @@ def test_a_divergence_over_its_limit_misses_the_gate_with_exit_code_3() -> None:
 
 
 def test_a_divergence_that_is_not_a_number_never_passes() -> None:
-    certificate = judge({"merged": {"mean_kl": float("nan")}}, {"merged": 0.01})
+    certificate = judge({"merged": {"mean_kl": float("nan")}}, LIMITS)
     assert not certificate["passed"]
-    assert not judge({"merged": {"mean_kl": float("nan")}}, {})["passed"]
+
+
+def test_every_artefact_there_can_be_has_a_limit() -> None:
+    assert set(LIMITS) == {"merged", *get_args(GgufFormat)}
+    with pytest.raises(KeyError):
+        judge({"other": {"mean_kl": 0.0}}, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("error", "max_logit", "passed"),
+    [
+        (8.1e-05, 44.5, True),  # as measured for the demo
+        (0.02, 44.5, True),
+        (0.03, 44.5, False),
+        (float("nan"), 44.5, False),
+        (0.0, float("nan"), False),
+    ],
+)
+def test_logits_that_differ_in_float32_by_more_than_rounding_miss_the_gate(
+    error: float, max_logit: float, passed: bool
+) -> None:
+    measured = {"mean_kl": 0.0, "float32_max_logit_error": error, "max_logit": max_logit}
+    certificate = judge({"merged": measured}, LIMITS)
+    assert certificate["passed"] is passed
+    if not passed:
+        with pytest.raises(GateMissed, match=f"float32 logit error {error:.2g}, allowed "):
+            refuse_if_missed(certificate)
+
+
+@pytest.mark.parametrize(
+    ("free", "device"), [(None, "cpu"), (0, "cpu"), (1250, "cpu"), (1251, "cuda")]
+)
+def test_a_model_goes_to_the_gpu_only_where_it_fits_with_room(
+    free: int | None, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    assert stage._choose_device(1000, free) == device
+    falls_back = free is not None and device == "cpu"
+    assert ("comparing on the CPU: it takes 0.0 GB" in caplog.text) == falls_back
 
 
 logits = st.lists(

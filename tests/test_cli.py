@@ -202,18 +202,25 @@ def test_a_base_that_is_no_checkpoint_is_named(workplace: Path, pipeline: Pipeli
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        ("plan", "runs/mine has no train rows yet: run `pipeline data` first"),
-        ("train", "runs/mine has no train rows yet: run `pipeline data` first"),
-        ("merge", "runs/mine has no adapter yet: run `pipeline train` first"),
-        ("export", "runs/mine has no merged yet: run `pipeline merge` first"),
-        ("certify", "runs/mine has no adapter yet: run `pipeline train` first"),
-        ("evaluate", "there is nothing to evaluate: name evaluate.questions in the recipe"),
+        ("plan", "runs/mine lacks what data makes: run `pipeline data` first"),
+        ("train", "runs/mine lacks what data makes: run `pipeline data` first"),
+        ("merge", "runs/mine lacks what train makes: run `pipeline train` first"),
+        ("export", "runs/mine lacks what merge makes: run `pipeline merge` first"),
+        ("certify", "runs/mine lacks what train makes: run `pipeline train` first"),
     ],
 )
 def test_a_stage_too_early_names_the_command_to_run_first(
     pipeline: Pipeline, command: str, sentence: str
 ) -> None:
     assert_one_sentence(pipeline(command, "mine.yaml"), sentence)
+
+
+@pytest.mark.usefixtures("workplace")
+def test_a_recipe_without_questions_has_nothing_to_score(pipeline: Pipeline) -> None:
+    said = pipeline("evaluate", "mine.yaml")
+
+    assert said.code == 0
+    assert said.out.startswith("evaluate: nothing to score")
 
 
 @pytest.mark.usefixtures("workplace")
@@ -289,10 +296,10 @@ def test_data_twice_has_nothing_to_do_until_something_changes(
     fourth = pipeline("data", "mine.yaml", "--set", "data.max_tokens=4000")
 
     assert (first.code, first.err) == (0, "")
-    assert first.out.endswith("runs/mine/data/report.json\n")
+    assert first.out.endswith("runs/mine/data\n")
     assert second == (
         0,
-        "data: nothing to do, runs/mine/data/report.json was made from the same inputs\n",
+        "data: nothing to do, runs/mine/data was made from the same inputs\n",
         "",
     )
     assert third.out.startswith("data: chats.jsonl changed since it ran; running it again\n")
@@ -315,7 +322,7 @@ def test_a_later_stage_says_which_earlier_one_is_stale(workplace: Path, pipeline
     said = pipeline("merge", "mine.yaml")
 
     assert said.out == "data: chats.jsonl changed since it ran; run `pipeline data` again\n"
-    assert_one_sentence(said, "runs/mine has no adapter yet: run `pipeline train` first")
+    assert_one_sentence(said, "runs/mine lacks what train makes: run `pipeline train` first")
 
 
 def test_a_refused_change_keeps_what_was_there(workplace: Path, pipeline: Pipeline) -> None:
@@ -329,12 +336,9 @@ def test_a_refused_change_keeps_what_was_there(workplace: Path, pipeline: Pipeli
     assert pipeline("data", "mine.yaml").code == 2, "a refused stage counts as finished"
 
 
-def test_plan_writes_what_it_predicts_and_keeps_what_was_measured(
-    workplace: Path, pipeline: Pipeline
-) -> None:
+def test_plan_writes_what_it_predicts(workplace: Path, pipeline: Pipeline) -> None:
     path = workplace / "runs" / "mine" / "plan.json"
     pipeline("data", "mine.yaml")
-    write_json(path, {"measured": {"steps": 3}})
 
     said = pipeline("plan", "mine.yaml")
 
@@ -342,7 +346,6 @@ def test_plan_writes_what_it_predicts_and_keeps_what_was_measured(
     assert said.out.endswith("runs/mine/plan.json\n")
     plan = json.loads(path.read_text("utf-8"))
     predicted = plan["predicted"]
-    assert plan["measured"] == {"steps": 3}
     assert predicted["steps"] == 3
     memory = predicted["memory_bytes"]
     assert memory.pop("peak") == sum(memory.values())
@@ -357,18 +360,14 @@ def test_a_missed_certificate_is_exit_code_3_also_the_second_time(
 ) -> None:
     run = Run.named("mine")
     context = Context(load_recipe(Path("mine.yaml")), run, workplace / "base")
-    run.record(
-        "data", find_stage("data").inputs(context), {"train rows": "1", "held-out rows": "2"}
-    )
-    for name, outputs in (
-        ("train", {"adapter": "3"}),
-        ("merge", {"merged": "4"}),
-        ("export", {"exports": "5"}),
-        ("certify", {}),
-    ):
-        run.record(name, find_stage(name).inputs(context), outputs)
     measured = {"mean_kl": 0.5, "max_mean_kl": 0.01, "passed": False}
+    for name in ("data/train.arrow", "data/eval.arrow", "adapter/a", "merged/a", "exports/a"):
+        (run.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.folder / name).write_text(name, encoding="utf-8")
     write_json(run.certificate, {"artefacts": {"merged": measured}, "passed": False})
+    for name in ("data", "train", "merge", "export", "certify"):
+        stage = find_stage(name)
+        run.record(name, stage.inputs(context), stage.products(run))
 
     said = pipeline("certify", "mine.yaml")
 

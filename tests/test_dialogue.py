@@ -115,6 +115,15 @@ def test_text_held_back_for_a_stop_is_not_lost_behind_a_call(order: Any) -> None
     assert text(run(placed, ScriptedEngine(["Look!", CALL])), "answer") == "Look!"
 
 
+def test_text_held_back_for_a_stop_comes_before_the_call_and_no_stop_reaches_across_it(
+    order: Any,
+) -> None:
+    events = run(order(tools=[TOOL], stop="!!"), ScriptedEngine(["Look!", CALL, "! More"]))
+
+    told = [event.text if isinstance(event, Said) else "CALL" for event in events[:-1]]
+    assert "".join(told) == "Look!CALL! More"
+
+
 @pytest.mark.parametrize("fields", [{}, {"tools": [TOOL], "tool_choice": "none"}])
 def test_a_call_nobody_can_answer_is_text(order: Any, fields: dict[str, Any]) -> None:
     events = run(order(**fields), ScriptedEngine([CALL]))
@@ -139,6 +148,31 @@ def test_a_call_nobody_can_answer_is_text(order: Any, fields: dict[str, Any]) ->
         ),
         ({"reasoning": {"effort": "low", "max_tokens": 5}}, 400, "Only one of"),
         ({"reasoning": {"effort": "low"}, "reasoning_effort": "high"}, 400, "differ"),
+        (
+            {"reasoning": {"enabled": False, "effort": "high"}},
+            400,
+            '"reasoning.effort": "high" and "reasoning.enabled": false contradict',
+        ),
+        (
+            {"reasoning": {"enabled": True, "effort": "none"}},
+            400,
+            '"reasoning.enabled": true and "reasoning.effort": "none" contradict',
+        ),
+        (
+            {"reasoning": {"enabled": True, "max_tokens": 0}},
+            400,
+            '"reasoning.enabled": true and "reasoning.max_tokens": 0 contradict',
+        ),
+        (
+            {"reasoning": {"enabled": False, "max_tokens": 9}},
+            400,
+            '"reasoning.max_tokens": 9 and "reasoning.enabled": false contradict',
+        ),
+        (
+            {"reasoning": {"enabled": False}, "reasoning_effort": "low"},
+            400,
+            '"reasoning_effort": "low" and "reasoning.enabled": false contradict',
+        ),
         ({"max_tokens": 1000}, 400, "maximum context length is 1000 tokens"),
         ({"messages": [{"role": "user", "content": "x" * 1000}]}, 400, "maximum context length"),
     ],
@@ -159,6 +193,34 @@ def test_what_is_ignored_is_named(order: Any) -> None:
 
     assert set(placed.ignored) == {"logprobs", "top_a", "reasoning.max_tokens", "reasoning.summary"}
     assert order(reasoning={"effort": "high"}).ignored == ("reasoning.effort",)
+    assert order(max_tokens=5, max_completion_tokens=6).ignored == ("max_tokens",)
+    assert order(max_tokens=5, max_completion_tokens=6).sampling.max_tokens == 6
+    assert order(max_tokens=5, max_completion_tokens=5).ignored == ()
+    both = order(reasoning={"exclude": True}, include_reasoning=True)
+    assert (both.ignored, both.shows_reasoning) == (("include_reasoning",), False)
+    assert order(reasoning={"exclude": True}, include_reasoning=False).ignored == ()
+
+
+def test_what_agrees_on_thinking_is_no_contradiction(order: Any) -> None:
+    assert order(reasoning={"enabled": False, "effort": "none"}).mode == "direct"
+    assert order(reasoning={"enabled": False, "max_tokens": 0}).mode == "direct"
+    assert order(reasoning={"enabled": True, "effort": "high"}).mode == "thinking"
+    assert order(reasoning={"enabled": True}, reasoning_effort="low").mode == "thinking"
+
+
+def test_what_is_ignored_of_messages_is_named_once(order: Any) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    spoken = {"role": "assistant", "content": None, "refusal": None, "reasoning": "hm"}
+    placed = order(
+        messages=[
+            {**USER, "name": "me", "cache_control": {"type": "ephemeral"}},
+            {**spoken, "tool_calls": [call], "name": "you"},
+            {"role": "tool", "content": "4", "tool_call_id": "1"},
+            {**USER, "reasoning": "hm"},
+        ]
+    )
+
+    assert placed.ignored == ("messages[].name", "messages[].reasoning")
 
 
 BITS = ["<think>", "</think>", "\n", "a", "STO", "P", "<tool_call>", "</tool_call>", CALL]
@@ -179,7 +241,9 @@ def test_events_do_not_depend_on_chunks(chat: Chat, spoken: str, data: st.DataOb
     calls = [[event for event in events if isinstance(event, Called)] for events in (one, many)]
     assert calls[0] == calls[1]
     assert end(one).finish == end(many).finish
-    assert "STOP" not in text(one, "answer")
+    answers = [e for e in one if not isinstance(e, Said) or e.channel == "answer"]
+    told = "".join(e.text if isinstance(e, Said) else "|" for e in answers)
+    assert "STOP" not in told
 
 
 @given(

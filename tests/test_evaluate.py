@@ -37,7 +37,6 @@ GOOD = json.dumps({"messages": [{"role": "user", "content": "?"}], "answer": "4"
     "line",
     [
         "{",
-        "",
         "[]",
         "7",
         '{"messages": [{"role": "user", "content": "?"}]}',
@@ -53,6 +52,30 @@ def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: str) -> None:
     file.write_text(f"{GOOD}\n{line}\n{GOOD}\n")
     with pytest.raises(DataError, match=r"questions\.jsonl:2: a question needs `messages` and"):
         read_questions(file)
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ('{"content": "?"}', "message 0: role None is none of system, user, assistant, tool"),
+        ('{"role": "robot", "content": "?"}', "message 0: role 'robot' is none of"),
+        ('{"role": "system", "content": 7}', "message 0: content must be text, not int"),
+    ],
+)
+def test_a_message_that_cannot_be_asked_is_named(tmp_path: Path, message: str, words: str) -> None:
+    file = tmp_path / "questions.jsonl"
+    last = '{"role": "user", "content": "?"}'
+    file.write_text(f'{GOOD}\n{{"messages": [{message}, {last}], "answer": "4"}}\n')
+    with pytest.raises(DataError, match=rf"questions\.jsonl:2: {words}"):
+        read_questions(file)
+
+
+def test_blank_lines_are_skipped_and_other_line_breaks_are_text(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    question = Question([{"role": "developer", "content": "a\u2028b\u0085c\x1dd"}], "4")
+    row = json.dumps({"messages": question.messages, "answer": "4"}, ensure_ascii=False)
+    file.write_bytes(f"\n{row}\r\n  \n{row}".encode())
+    assert read_questions(file) == [question] * 2
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"])

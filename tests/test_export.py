@@ -1,5 +1,7 @@
 """Checkpoints to GGUF files, by llama.cpp's own converter."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,8 @@ from safetensors.torch import load_file
 
 from pipeline import export
 from pipeline.base.checkpoint import tensor_bytes
-from pipeline.errors import RunError
-from pipeline.export import DIALOGUE_FILES, export_gguf
+from pipeline.errors import BaseError, RunError
+from pipeline.export import export_gguf
 
 
 def test_a_checkpoint_becomes_a_gguf_file_of_the_same_weights(
@@ -28,8 +30,9 @@ def test_a_checkpoint_becomes_a_gguf_file_of_the_same_weights(
 
 def test_the_dialogues_files_lie_beside(tiny_base: Path, tiny_gguf: Path) -> None:
     folder = tiny_gguf.parent
-    assert {path.name for path in folder.iterdir()} == {tiny_gguf.name, *DIALOGUE_FILES}
-    for name in DIALOGUE_FILES:
+    names = {"tokenizer.json", "chat_template.jinja"}
+    assert {path.name for path in folder.iterdir()} == {tiny_gguf.name, *names}
+    for name in names:
         assert (folder / name).read_bytes() == (tiny_base / name).read_bytes()
     assert [path.name for path in folder.parent.iterdir()] == ["exports"]
 
@@ -47,11 +50,29 @@ def test_a_folder_that_is_no_checkpoint_is_refused_with_the_converters_last_word
     assert [path.name for path in out.parent.rglob("*")] == ["exports", "older"]
 
 
-def test_a_checkpoint_without_its_template_leaves_nothing(
+def test_a_template_kept_in_the_tokenizers_config_becomes_a_file(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "_convert", lambda _, file, __: file.write_bytes(b"GGUF"))
+    old = tmp_path / "old"
+    shutil.copytree(tiny_base, old)
+    template = (old / "chat_template.jinja").read_text(encoding="utf-8")
+    (old / "chat_template.jinja").unlink()
+    config = json.loads((old / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (old / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+
+    export_gguf(old, tmp_path / "exports", "x", ["bf16"])
+
+    served = (tmp_path / "exports" / "chat_template.jinja").read_text(encoding="utf-8")
+    assert served == template
+
+
+def test_a_checkpoint_without_a_template_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "_convert", lambda _, file, __: file.write_bytes(b"GGUF"))
     (tmp_path / "checkpoint").mkdir()
-    with pytest.raises(RunError, match="cannot be written: No such file or directory"):
+    (tmp_path / "checkpoint" / "tokenizer.json").write_text("{}")
+    with pytest.raises(BaseError, match="a checkpoint needs its chat template"):
         export_gguf(tmp_path / "checkpoint", tmp_path / "exports", "x", ["bf16"])
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

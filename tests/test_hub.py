@@ -184,6 +184,31 @@ def test_a_base_in_the_cache_is_not_fetched_twice_and_found_without_the_hub(
     assert find_base("acme/tiny", None) == base
 
 
+def test_a_config_is_fetched_without_the_weights_and_names_the_same_commit(
+    hub: Hub, tiny_base: Path
+) -> None:
+    base = find_base("acme/tiny", "v1", "config")
+    assert base.commit == OLDER
+    weightless = {name: held for name, held in contents(tiny_base).items() if name != SINGLE}
+    assert contents(base.folder) == weightless | {"LICENSE": b"older"}
+    assert not any(SINGLE in asked for asked in hub.asked)
+
+    assert find_base("acme/tiny", "v1") == base
+    assert (base.folder / SINGLE).read_bytes() == (tiny_base / SINGLE).read_bytes()
+
+
+def test_a_config_in_the_cache_is_not_taken_for_everything_when_the_hub_is_away(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = find_base("acme/tiny", None, "config")
+    hub.refusal = (503, {})
+    assert find_base("acme/tiny", None, "config") == base
+    assert "acme/tiny could not be fetched from" in refused("acme/tiny")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert find_base("acme/tiny", None, "config") == base
+    assert "acme/tiny could not be fetched from" in refused("acme/tiny")
+
+
 def test_a_moved_branch_is_fetched_anew(hub: Hub) -> None:
     assert find_base("acme/tiny", None).commit == COMMIT
     hub.refs["main"] = OLDER

@@ -97,6 +97,19 @@ def test_a_broken_answer_is_one_sentence(answer: Answer, words: str) -> None:
     asyncio.run(check())
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [(b"<html>", "not a JSON object"), (b"[]", "not a JSON object"), (b"{}", "no log-prob")],
+)
+def test_broken_log_probabilities_are_one_sentence(body: bytes, words: str) -> None:
+    async def check() -> None:
+        async with fake(streamed(body)) as engine:
+            with pytest.raises(EngineError, match=words):
+                await engine.next_token_logprobs([5], 3)
+
+    asyncio.run(check())
+
+
 def test_a_refusal_and_a_dropped_connection_are_one_sentence() -> None:
     async def refuse(_: web.Request) -> web.StreamResponse:
         return web.json_response({"error": {"message": "too long"}}, status=400)
@@ -151,8 +164,11 @@ def test_a_missing_or_broken_file_is_one_sentence(tmp_path: Path) -> None:
         asyncio.run(start(tmp_path / "none.gguf"))
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"not a model")
+    (tmp_path / "log").write_text("of an older child")
     with pytest.raises(EngineError, match="did not start"):
         asyncio.run(start(broken))
+    assert "older child" not in (tmp_path / "log").read_text()
+    assert "broken.gguf" in (tmp_path / "log").read_text()
 
 
 def test_the_real_engine(tiny_gguf: Path, tmp_path: Path) -> None:
@@ -171,6 +187,11 @@ def test_the_real_engine(tiny_gguf: Path, tmp_path: Path) -> None:
             with pytest.raises(EngineError, match="context size"):
                 await gather(engine, [5] * 300, GREEDY)
             pid = engine._child.process.pid if engine._child else 0
+            assert not engine.has_failed
+            os.kill(pid, signal.SIGKILL)
+            with pytest.raises(EngineError, match="see "):
+                await gather(engine, [5], GREEDY)
+            assert engine.has_failed
         assert not Path(f"/proc/{pid}").exists()
 
     asyncio.run(check())

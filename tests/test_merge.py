@@ -16,10 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline import merge as merging
-from pipeline.base.checkpoint import SINGLE, tensor_bytes
+from pipeline.base.checkpoint import INDEX, SINGLE, tensor_bytes
 from pipeline.base.nf4 import as_trained, load_as_trained, quantised_weights
 from pipeline.errors import PipelineError, RunError
-from pipeline.export import DIALOGUE_FILES
 from pipeline.merge import merge
 from pipeline.recipe import Train
 from pipeline.train import load_base
@@ -166,7 +165,12 @@ def test_config_tokenizer_and_template_come_along_and_every_engine_finds_theta(
     before = json.loads((tiny_base / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1_000_000.0
     assert {key: config[key] for key in before} == before
-    for name in (*DIALOGUE_FILES, "tokenizer_config.json", "generation_config.json"):
+    for name in (
+        "tokenizer.json",
+        "chat_template.jinja",
+        "tokenizer_config.json",
+        "generation_config.json",
+    ):
         assert (merged / name).read_bytes() == (tiny_base / name).read_bytes()
     assert {p.name for p in tiny_base.iterdir()} - {p.name for p in merged.iterdir()} == {
         "base.json"
@@ -387,3 +391,62 @@ def test_a_refusal_is_a_run_error_where_the_adapter_is_at_fault(
 ) -> None:
     with pytest.raises(RunError):
         merge(tiny_base, tmp_path, tmp_path / "merged")
+
+
+def test_no_other_weights_of_the_base_come_along(
+    tiny_base: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    papers = ["LICENSE", "LICENSE.txt", "README.md", "NOTICE", "tokenizer.model", "merges.txt"]
+    weights = [
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "consolidated.safetensors",
+        "consolidated.safetensors.index.json",
+        "model-Q8_0.gguf",
+        "tf_model.h5",
+        "flax_model.msgpack",
+        "model.pt",
+        ".gitattributes",
+    ]
+    for name in (*papers, *weights):
+        (base / name).write_text("{}")
+    merge(base, tiny_adapter, tmp_path / "merged")
+    merged = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert merged == {path.name for path in tiny_base.iterdir()} - {"base.json"} | set(papers)
+
+
+@pytest.mark.parametrize("folder", ["base", "adapter"])
+def test_a_file_that_cannot_be_read_is_one_sentence(
+    tiny_base: Path, other_adapter: Path, tmp_path: Path, folder: str
+) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    file = base / SINGLE if folder == "base" else other_adapter / "adapter_config.json"
+    file.unlink()
+    file.symlink_to(file)  # whoever reads it: even root is refused
+    if folder == "base":
+        (base / SINGLE).unlink()
+        (base / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "loop"}}))
+        file = base / "loop"
+        file.symlink_to(file)
+    sentence = refuse(base, other_adapter, tmp_path / "out")
+    assert sentence.startswith(f"{base} cannot be read: Too many levels of symbolic links")
+    assert str(file) in sentence
+
+
+def test_a_place_that_cannot_be_made_is_one_sentence(
+    tiny_base: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(RunError, match=r"merged cannot be written: (Not a directory|File exists)"):
+        merge(tiny_base, tiny_adapter, tmp_path / "file" / "merged")
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_a_base_whose_config_is_no_json_is_one_sentence(
+    tiny_base: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    (base / "config.json").write_text("{")
+    sentence = refuse(base, tiny_adapter, tmp_path / "out")
+    assert sentence == f"{base / 'config.json'} is not JSON; fetch the base again"

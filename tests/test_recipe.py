@@ -1,7 +1,9 @@
 """Recipes: what may be said, and the one sentence for what may not."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -179,8 +181,58 @@ def test_set_reads_values_as_yaml(path: Path) -> None:
 def test_set_makes_sections_that_are_not_there_yet(path: Path) -> None:
     recipe = load_recipe(path, ["certify.max_mean_kl.merged=0.5", "name=ab"])
 
-    assert recipe.certify.max_mean_kl == {"merged": 0.5}
+    assert recipe.certify.max_mean_kl.merged == 0.5
     assert recipe.name == "ab"
+
+
+def test_setting_one_limit_leaves_the_others(path: Path) -> None:
+    limits = load_recipe(path, ["certify.max_mean_kl.merged=0.5"]).certify.max_mean_kl
+
+    assert limits.model_dump() == {"merged": 0.5, "bf16": 0.01, "q8_0": 0.02}
+
+
+def test_a_limit_for_what_is_no_artefact_is_named(path: Path) -> None:
+    said = refusal(path, MINIMAL, "certify.max_mean_kl.merge=0.5")
+
+    assert said.endswith("\n  certify.max_mean_kl.merge: unknown key; did you mean merged?")
+
+
+def test_a_number_with_an_exponent_alone_is_a_number(path: Path) -> None:
+    path.write_text(MINIMAL + "train: {learning_rate: 3e-4}\n", encoding="utf-8")
+
+    assert load_recipe(path).train.learning_rate == 3e-4
+    assert load_recipe(path, ["train.learning_rate=2e-5"]).train.learning_rate == 2e-5
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.rank=true",
+        "train.learning_rate=yes",
+        "train.seed=off",
+        "data.eval.share=true",
+        "certify.max_mean_kl.bf16=true",
+        "name=on",
+    ],
+)
+def test_true_and_false_are_no_numbers_and_no_words(path: Path, override: str) -> None:
+    said = refusal(path, MINIMAL, override)
+
+    place = override.partition("=")[0]
+    assert said.endswith(
+        f"\n  {place}: no key takes true or false; quote a word that is meant as one"
+    )
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e999"])
+@pytest.mark.parametrize(
+    "key", ["train.learning_rate", "train.weight_decay", "train.epochs", "train.rank"]
+)
+def test_a_number_that_is_not_finite_is_refused(path: Path, key: str, value: str) -> None:
+    said = refusal(path, MINIMAL, f"{key}={value}")
+
+    assert f"\n  {key}: " in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("override", ["train.steps", "=2", ""])
@@ -266,7 +318,7 @@ recipes = st.builds(
             "seed": st.integers(0),
         },
     ),
-    gguf=st.lists(st.sampled_from(["bf16", "q8_0"]), max_size=3),
+    gguf=st.lists(st.sampled_from(["bf16", "q8_0"]), min_size=1, max_size=3),
 )
 
 
@@ -294,5 +346,47 @@ def test_the_schema_names_every_section_and_forbids_others() -> None:
         "evaluate",
     }
     assert schema["additionalProperties"] is False
-    assert set(schema["required"]) == {"name", "base", "data"}
+    assert set(schema["required"]) == {"base", "data"}, "a recipe is named after its file"
     assert schema["$defs"]["Train"]["properties"]["steps"]["description"]
+
+
+def faults(value: Any, schema: dict[str, Any], definitions: dict[str, Any]) -> Iterator[str]:
+    """Keys that a JSON schema misses or does not know, in a value and in all it holds."""
+    schema = definitions[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+    if isinstance(value, list):
+        for item in value:
+            yield from faults(item, schema.get("items", {}), definitions)
+    elif isinstance(value, dict):
+        properties = schema["properties"]
+        yield from set(schema.get("required", ())) - set(value)
+        if schema["additionalProperties"] is False:
+            yield from set(value) - set(properties)
+        for key in set(value) & set(properties):
+            yield from faults(value[key], properties[key], definitions)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_an_editor_finds_no_fault_with_the_recipes_here(path: Path) -> None:
+    schema = Recipe.model_json_schema()
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+
+    assert not list(faults(values, schema, schema["$defs"]))
+
+
+def test_an_editor_finds_a_misspelt_and_a_missing_key() -> None:
+    schema = Recipe.model_json_schema()
+    values = {"base": "b", "data": {"sources": [{"pth": "a"}]}, "train": {"rnk": 1}}
+
+    assert set(faults(values, schema, schema["$defs"])) == {"pth", "path", "rnk"}
+
+
+def test_values_without_a_name_are_no_recipe() -> None:
+    with pytest.raises(RecipeError, match="name: Field required"):
+        parse_recipe({"base": "b", "data": {"sources": [{"path": "a"}]}}, "here")
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens", "model.embed_tokens"])
+def test_adapters_that_could_not_be_served_are_refused(module: str) -> None:
+    values = {"name": "x", "base": "b", "data": {"sources": [{"path": "p"}]}}
+    with pytest.raises(RecipeError, match="train: adapters on lm_head or embed_tokens"):
+        parse_recipe(values | {"train": {"target_modules": ["q_proj", module]}}, "here")

@@ -12,10 +12,10 @@ from pipeline.errors import RunError
 from pipeline.run import (
     Run,
     fresh_folder,
+    hash_contents,
     hash_file,
-    hash_folder,
+    hash_files,
     hash_value,
-    hash_weights,
     publish,
     read_json,
     write_json,
@@ -39,49 +39,87 @@ def test_a_stage_that_never_ran_has_no_record(run: Run) -> None:
     assert not run.folder.exists()
 
 
-def test_a_recorded_stage_is_read_back(run: Run) -> None:
-    run.record("data", {"a": "1"}, {"rows": "2"})
+def product(run: Run, name: str, text: str = "abc") -> Path:
+    path = run.folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
 
-    assert run.stage("data") == {"inputs": {"a": "1"}, "outputs": {"rows": "2"}}
-    assert run.output("data", "rows") == "2"
-    assert run.changed("data", {"a": "1"}) == []
+
+def test_a_recorded_stage_is_read_back(run: Run) -> None:
+    product(run, "adapter/weights")
+    run.record("train", {"a": "1"}, [run.folder / "adapter", run.folder / "nowhere"])
+
+    recorded = run.stage("train")
+    assert recorded is not None
+    assert recorded["inputs"] == {"a": "1"}
+    assert [(name, file["sha256"]) for name, file in recorded["files"].items()] == [
+        ("adapter/weights", SHA256_OF_ABC)
+    ]
+    assert run.is_intact("train")
+    assert run.changed("train", {"a": "1"}) == []
 
 
 def test_changed_names_inputs_that_differ_are_new_or_are_gone(run: Run) -> None:
-    run.record("data", {"same": "1", "differs": "1", "gone": "1"}, {})
+    run.record("data", {"same": "1", "differs": "1", "gone": "1"}, [])
 
     changed = run.changed("data", {"same": "1", "differs": "2", "new": "1"})
 
     assert changed == ["differs", "gone", "new"]
 
 
-def test_recording_again_replaces_only_that_stage(run: Run) -> None:
-    run.record("data", {"a": "1"}, {"rows": "1"})
-    run.record("train", {"b": "1"}, {"adapter": "1"})
-    run.record("data", {"a": "2"}, {"others": "2"})
+def test_recording_or_forgetting_a_stage_leaves_the_others(run: Run) -> None:
+    run.record("data", {"a": "1"}, [])
+    run.record("train", {"b": "1"}, [])
+    run.record("data", {"a": "2"}, [])
+    run.forget("train")
+    run.forget("merge")
 
-    assert run.stage("data") == {"inputs": {"a": "2"}, "outputs": {"others": "2"}}
-    assert run.output("train", "adapter") == "1"
+    assert run.stage("data") == {"inputs": {"a": "2"}, "files": {}}
+    assert run.stage("train") is None
 
 
-@pytest.mark.parametrize("ran", [False, True])
-def test_an_output_that_is_not_there_names_the_command_that_makes_it(run: Run, ran: bool) -> None:
-    if ran:
-        run.record("data", {}, {"other": "1"})
-
+def test_what_was_never_made_names_the_command_that_makes_it(run: Run) -> None:
     with pytest.raises(RunError) as caught:
-        run.output("data", "rows")
+        run.made("data")
 
-    assert str(caught.value) == f"{run.folder} has no rows yet: run `pipeline data` first"
+    assert str(caught.value) == f"{run.folder} lacks what data makes: run `pipeline data` first"
+
+
+def test_what_was_harmed_or_removed_names_the_command_that_makes_it_again(run: Run) -> None:
+    path = product(run, "adapter/weights")
+    run.record("train", {}, [run.folder / "adapter"])
+    before = run.made("train")
+
+    os.utime(path, (0, 0))
+    assert run.made("train") == before
+    path.write_text("abd", encoding="utf-8")
+    assert not run.is_intact("train")
+    with pytest.raises(RunError, match="changed or removed since; run `pipeline train` again"):
+        run.made("train")
+    path.unlink()
+    assert not run.is_intact("train")
+
+
+def test_one_file_of_a_stage_has_a_hash_of_its_own(run: Run) -> None:
+    product(run, "data/train.arrow", "1")
+    product(run, "data/eval.arrow", "2")
+    run.record("data", {}, [run.folder / "data"])
+    before = run.made("data"), run.made("data", "data/train.arrow")
+    product(run, "data/eval.arrow", "3")
+    run.record("data", {}, [run.folder / "data"])
+
+    assert run.made("data") != before[0]
+    assert run.made("data", "data/train.arrow") == before[1]
 
 
 def test_facts_and_stages_live_side_by_side(run: Run) -> None:
     run.describe(seed=42)
-    run.record("data", {}, {})
+    run.record("data", {}, [])
     run.describe(base_commit="abc")
 
     assert run.facts() == {
-        "stages": {"data": {"inputs": {}, "outputs": {}}},
+        "stages": {"data": {"inputs": {}, "files": {}}},
         "seed": 42,
         "base_commit": "abc",
     }
@@ -188,34 +226,15 @@ def test_a_files_hash_is_its_sha256(tmp_path: Path) -> None:
     assert hash_file(tmp_path / "abc") == SHA256_OF_ABC
 
 
-def test_a_folders_hash_knows_names_and_bytes_not_times(tmp_path: Path) -> None:
-    (tmp_path / "deep").mkdir()
-    file = tmp_path / "deep" / "a"
-    file.write_text("1")
-    first = hash_folder(tmp_path)
-
-    os.utime(file, (0, 0))
-    assert hash_folder(tmp_path) == first
-    file.write_text("2")
-    assert hash_folder(tmp_path) != first
-    file.write_text("1")
-    file.rename(file.with_name("b"))
-    assert hash_folder(tmp_path) != first
-
-
 def test_a_values_hash_does_not_know_the_order_of_keys() -> None:
     assert hash_value({"a": 1, "b": [2]}) == hash_value({"b": [2], "a": 1})
     assert hash_value({"a": 1}) != hash_value({"a": 2})
 
 
-def test_weights_that_did_not_change_are_not_read_again(tmp_path: Path) -> None:
-    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+def test_files_that_did_not_change_are_not_read_again(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
     weights.write_text("abc")
-    config.write_text("{}")
-    (tmp_path / "README.md").write_text("not part of it")
-    (tmp_path / "folder.json").mkdir()
-    first, known = hash_weights(tmp_path, {})
-    assert set(known) == {"model.safetensors", "config.json"}
+    known = hash_files([weights], tmp_path, {})
     assert known["model.safetensors"]["sha256"] == SHA256_OF_ABC
 
     # Other bytes of the same size and time show that the file is not opened.
@@ -223,21 +242,20 @@ def test_weights_that_did_not_change_are_not_read_again(tmp_path: Path) -> None:
     weights.write_text("abd")
     os.utime(weights, ns=times)
 
-    assert hash_weights(tmp_path, known) == (first, known)
-    assert hash_weights(tmp_path, {})[0] != first
+    assert hash_files([weights], tmp_path, known) == known
+    assert hash_files([weights], tmp_path, {}) != known
 
 
-def test_weights_of_another_size_or_time_are_read_again(tmp_path: Path) -> None:
-    weights = tmp_path / "model.safetensors"
-    weights.write_text("abc")
-    first, known = hash_weights(tmp_path, {})
+def test_contents_know_names_and_bytes_not_times(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_text("1")
+    first = hash_files([file], tmp_path, {})
+    os.utime(file, (0, 0))
+    touched = hash_files([file], tmp_path, first)
+    file.write_text("22")
+    longer = hash_files([file], tmp_path, touched)
+    renamed = hash_files([file.rename(tmp_path / "b")], tmp_path, {})
 
-    os.utime(weights, (0, 0))
-    touched, known_touched = hash_weights(tmp_path, known)
-    weights.write_text("abcd")
-    os.utime(weights, (0, 0))
-    longer, _ = hash_weights(tmp_path, known_touched)
-
-    assert touched == first
-    assert known_touched != known
-    assert longer != first
+    assert touched != first
+    assert hash_contents(touched) == hash_contents(first)
+    assert len({hash_contents(files) for files in (first, longer, renamed)}) == 3

@@ -1,6 +1,7 @@
 """The API over HTTP: whole transcripts, failures with their status, hang-ups."""
 
 import asyncio
+import gc
 import http.client
 import json
 import time
@@ -190,12 +191,57 @@ def test_a_gap_is_filled_with_comments(serving: Any) -> None:
     assert response.chunks[-1]["usage"]["completion_tokens"] == 3
 
 
+@pytest.mark.parametrize("delay_s", [0.05, 60.0])
+def test_a_hang_up_that_only_the_comments_meet_is_quiet(
+    chat: Chat, caplog: Any, delay_s: float
+) -> None:
+    app = App(Catalog([Served("tiny", chat, SlowAfterTheFirst(delay_s), 0)]), 0.01)
+    parts = [{"type": "http.request", "body": json.dumps({"messages": [USER], "stream": True})}]
+    has_gone = asyncio.Event()
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        if parts:
+            part = parts.pop()
+            return {**part, "body": part["body"].encode()}
+        await has_gone.wait()
+        await asyncio.sleep(0.1)
+        return {"type": "http.disconnect"}
+
+    async def note(message: Any) -> None:
+        sent.append(message)
+        if len(sent) > 3:
+            has_gone.set()
+            raise OSError("the client has gone")
+
+    asyncio.run(app({"type": "http", "method": "POST", "path": CHAT}, receive, note))
+    gc.collect()
+
+    assert has_gone.is_set()
+    assert caplog.text == ""
+
+
+class SlowAfterTheFirst(ScriptedEngine):
+    """Its first word comes at once."""
+
+    def __init__(self, delay_s: float) -> None:
+        super().__init__(["a", "b"])
+        self.later_s = delay_s
+
+    async def generate(self, *asked: Any) -> Any:
+        async for delta in super().generate(*asked):
+            yield delta
+            self.delay_s = self.later_s
+
+
 def test_ignored_parameters_are_named_in_a_header(serving: Any) -> None:
     with serving(ScriptedEngine()) as base:
         response = ask(base, top_a=0.5, user="me", **{"bad\r\nkey: ä": 1})
+        named = ask(base, messages=[{**USER, "name": "a"}, {**USER, "name": "b"}])
         plain = ask(base)
 
     assert response.headers["X-Ignored-Parameters"] == "top_a, bad%0D%0Akey%3A%20%C3%A4"
+    assert named.headers["X-Ignored-Parameters"] == "messages[].name"
     assert "X-Ignored-Parameters" not in plain.headers
 
 

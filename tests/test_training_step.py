@@ -95,7 +95,7 @@ def test_labels_cover_exactly_the_completion(
     tiny_base: Path, rows: list[Row], rows_file: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    dataset = labelled(rows_file)
+    dataset = labelled(rows_file, rows_file.parent)
     assert len(dataset) == len(TALKS)
     for (_, reasoning, answer), row, example in zip(TALKS, rows, dataset, strict=True):
         thought = f"<think>\n{reasoning}\n</think>\n\n" if reasoning else ""
@@ -135,7 +135,7 @@ def build(base: Path, rows_file: Path, out: Path, **values: Any) -> SupervisedTr
     trainer = SupervisedTrainer(
         model=model,
         args=_arguments(chosen, out),
-        train_dataset=labelled(rows_file),
+        train_dataset=labelled(rows_file, rows_file.parent),
         processing_class=AutoTokenizer.from_pretrained(base),
     )
     keep_adapter_in_float32(model)

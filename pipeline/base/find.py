@@ -1,9 +1,9 @@
 """What a recipe's `base:` means: a folder, made, local or fetched from the hub. Torch-free."""
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from httpx2 import HTTPError
 from huggingface_hub import snapshot_download
@@ -15,10 +15,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from pipeline.base.names import check_base, check_checkpoint, local_folder
 from pipeline.errors import BaseError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*"]
+What = Literal["everything", "config"]
+_CONFIG = ["*.json", "*.jinja", "*.txt", "LICENSE*"]
+_WANTED: dict[What, list[str]] = {"config": _CONFIG, "everything": [*_CONFIG, "*.safetensors"]}
 
 
 @dataclass(frozen=True)
@@ -30,48 +32,31 @@ class Base:
     """The hub commit it was fetched at; None for a local folder."""
 
 
-def find_base(base: str, revision: str | None) -> Base:
+def find_base(base: str, revision: str | None, what: What = "everything") -> Base:
     """The folder a recipe's base lies in, fetched from the hub if need be.
 
     A folder wins over a hub id of the same spelling. A cut connection goes on where it stopped;
     after a stopped run the files that had arrived whole are kept. What is in the cache already is
-    found without the hub, too.
+    found without the hub, too. `config` leaves a hub base's weights where they are.
     Raises BaseError in one sentence for what is not there, not allowed or not reachable.
     """
-    if is_folder(base):
-        return Base(_checked(Path(base)))
-    if base.startswith("random:"):
-        folder = Path("bases") / base.replace(":", "-")
+    check_base(base)
+    folder = local_folder(base)
+    if folder is None:
+        return _fetch(base, revision, what)
+    if not folder.is_dir():
         made = f"`pipeline base random --like {base.partition(':')[2]} --out {folder}`"
-        if not folder.is_dir():
-            raise BaseError(f"base {base} is not made yet: run {made} first")
-        return Base(_checked(folder))
-    if not _HUB_ID.fullmatch(base) or base.startswith("bases/"):
-        raise BaseError(
-            f"there is no base {base}: no such folder; make one with `pipeline base demo` or "
-            "`pipeline base tiny`, or name a hub id such as Qwen/Qwen3-8B"
-        )
-    return _fetch(base, revision)
+        raise BaseError(f"base {base} is not made yet: run {made} first")
+    return Base(folder)
 
 
-def is_folder(base: str) -> bool:
-    """Whether a recipe's base is a folder that is there."""
-    return Path(base).is_dir()
-
-
-def _checked(folder: Path) -> Path:
-    for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise BaseError(f"{folder} is not a checkpoint: {name} is missing")
-    return folder
-
-
-def _fetch(base: str, revision: str | None) -> Base:
+def _fetch(base: str, revision: str | None, what: What) -> Base:
     try:
-        folder = Path(snapshot_download(base, revision=revision, allow_patterns=_WANTED))
+        folder = Path(snapshot_download(base, revision=revision, allow_patterns=_WANTED[what]))
     except (HTTPError, HFValidationError, UnicodeError, OSError) as error:
         raise BaseError(_explain(error, base, revision)) from error
-    return Base(_checked(folder), commit=folder.name)  # snapshots/COMMIT
+    check_checkpoint(folder)
+    return Base(folder, commit=folder.name)  # snapshots/COMMIT
 
 
 def _explain(error: Exception, base: str, revision: str | None) -> str:

@@ -18,7 +18,10 @@ _RECORD = "base.json"
 
 
 def make_base(kind: Kind, shape: str, out: Path) -> bool:
-    """Write a base into a folder; False if it is there already, made alike and unchanged."""
+    """Write a base into a folder; False if it is there already, made alike and unchanged.
+
+    `shape` is for random alone, one of names.SHAPES; the other kinds have one shape and ignore it.
+    """
     maker: Callable[[Path], None]
     if kind == "random":
         maker, made_as = partial(make_random, shape=shape), f"random {shape} {_VERSION}"

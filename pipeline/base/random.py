@@ -9,16 +9,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from pipeline.base.checkpoint import Shape, tensor_bytes, write_index, write_shard
 from pipeline.base.dialogue import write_byte_tokenizer
-from pipeline.errors import BaseError
+from pipeline.base.names import SHAPES, check_shape
 
-# hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, tie_word_embeddings
-# as in the config.json of Qwen/Qwen3-0.6B and its larger siblings.
-SHAPES = {
-    "qwen3-0.6b": (1024, 3072, 28, 16, True),
-    "qwen3-1.7b": (2048, 6144, 28, 16, True),
-    "qwen3-4b": (2560, 9728, 36, 32, True),
-    "qwen3-8b": (4096, 12288, 36, 32, False),
-}
 _SHARD_BYTES = 2 << 30
 _BLOCK_VALUES = 16 << 20
 
@@ -54,8 +46,7 @@ def make_random(out: Path, shape: str) -> None:
 
 def shape_config(shape: str) -> Qwen3Config:
     """The config of a Qwen3 size, by a name such as qwen3-8b; raises BaseError for another."""
-    if shape not in SHAPES:
-        raise BaseError(f"there is no shape {shape!r}; known: {', '.join(SHAPES)}")
+    check_shape(shape)
     hidden, intermediate, layers, heads, tied = SHAPES[shape]
     return Qwen3Config(
         vocab_size=151936,

@@ -52,7 +52,11 @@ def unpacked(wheel: Wheel) -> Path:
         unzipped = Path(work) / "unpacked"
         with zipfile.ZipFile(file) as archive:
             archive.extractall(unzipped)
-        unzipped.rename(folder)
+        try:
+            unzipped.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster, with the same bytes
+                raise
     return folder
 
 

@@ -1,5 +1,6 @@
 """Measure each artefact against the model as trained, and write the certificate."""
 
+import gc
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def certify(
         log.info("asking %s for %d tokens", file.name, len(few))
         likeliest = ask_gguf(file, few, engine_log)
         artefacts[gguf_format] = compare_likeliest(reference[: len(few)], likeliest)
-    return judge(artefacts, settings.max_mean_kl)
+    return judge(artefacts, settings.max_mean_kl.model_dump())
 
 
 def _adapted(trained: Trained) -> PreTrainedModel:
@@ -89,5 +90,30 @@ def _float32_error(
 
 
 def _run(model: PreTrainedModel, positions: Sequence[Position]) -> torch.Tensor:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    device = _choose_device(num_bytes, _free_accelerator_bytes())
     return logits_at(model.eval().to(device), positions)
+
+
+def _choose_device(num_bytes: int, free: int | None) -> str:
+    """Where a model of a size is run: on the CPU unless `free` holds it and its activations."""
+    if free is None:
+        return "cpu"
+    needed = num_bytes * 1.25
+    if free > needed:
+        return "cuda"
+    log.info(
+        "comparing on the CPU: it takes %.1f GB in float32 and the GPU has %.1f GB free",
+        needed / 1e9,
+        free / 1e9,
+    )
+    return "cpu"
+
+
+def _free_accelerator_bytes() -> int | None:
+    """Free memory of the GPU, that of the model before given back; None without a GPU."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info()[0])
+    return None

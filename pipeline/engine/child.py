@@ -22,7 +22,7 @@ class Child:
 
     @classmethod
     async def start(cls, gguf: Path, slots: int, context_tokens: int, log: Path) -> "Child":
-        """Spawn it; it is not ready yet. What it says is appended to `log`."""
+        """Spawn it; it is not ready yet. `log` will hold what it says, and nothing older."""
         folder = Path(tempfile.mkdtemp(prefix="llamacpp-"))
         command = ["-m", "pipeline.engine.llamacpp_child", "--gguf", str(gguf.resolve())]
         command += ["--socket", str(_socket(folder)), "--slots", str(slots)]
@@ -31,7 +31,7 @@ class Child:
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
+        with log.open("wb") as file:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *command,

@@ -35,6 +35,7 @@ class LlamaCpp:
         self.context_tokens = 0
         self._url = url.rstrip("/")
         self._child = child
+        self._is_log_named = False
         # llama.cpp closes kept-alive connections in a race with the next request on them.
         connector = (
             aiohttp.UnixConnector(str(child.socket), limit=0, force_close=True)
@@ -120,12 +121,17 @@ class LlamaCpp:
             "grammar": 'root ::= "a"',
         }
         async with self._post(body) as response:
-            answer = orjson.loads(await response.read())
+            answer = _parse(await response.read())
         try:
             likeliest = answer["completion_probabilities"][0]["top_logprobs"]
             return {int(token["id"]): float(token["logprob"]) for token in likeliest}
         except (KeyError, IndexError, TypeError) as error:
             raise EngineError("llama.cpp gave no log-probabilities") from error
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether our child has ended by itself, or a failure sent somebody to its log."""
+        return self._child is not None and (self._child.is_gone or self._is_log_named)
 
     async def is_healthy(self) -> bool:
         """Whether the server answers and has its model loaded."""
@@ -192,6 +198,7 @@ class LlamaCpp:
         """What happened, and where to look."""
         if self._child is None:
             return f"llama.cpp at {self._url} {what}"
+        self._is_log_named = True
         return f"llama.cpp {what}; see {self._child.log}"
 
     async def _wait_until_healthy(self) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.chat import Chat, Mode, is_well_formed, parse_reply
+from pipeline.chat import ROLES, Chat, Mode, is_well_formed, parse_reply, text_of
 from pipeline.engine.llamacpp import LlamaCpp
 from pipeline.engine.protocol import Engine, Sampling
 from pipeline.errors import DataError
@@ -37,13 +37,17 @@ class Question:
 def read_questions(path: Path) -> list[Question]:
     """Questions of a JSONL file; raises DataError at the line that is not one."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a JSON string may hold other line breaks than \n as they are.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: evaluate.questions must be JSONL") from error
     questions = []
     for number, line in enumerate(lines, start=1):
         try:
-            questions.append(_parse(json.loads(line)))
+            if line.strip():
+                questions.append(_parse(json.loads(line)))
+        except DataError as error:
+            raise DataError.at(path, number, str(error)) from error
         except (ValueError, LookupError, TypeError) as error:
             raise DataError.at(path, number, "a question needs `messages` and `answer`") from error
     if not questions:
@@ -56,7 +60,19 @@ def _parse(row: dict[str, Any]) -> Question:
     last = question.messages[-1]["content"]
     if not all(isinstance(text, str) and text for text in (question.answer, last)):
         raise ValueError("not texts")
+    for index, message in enumerate(question.messages):
+        _check_message(index, message)
     return question
+
+
+def _check_message(index: int, message: dict[str, Any]) -> None:
+    role = message.get("role")
+    if role not in (*ROLES, "developer"):
+        raise DataError(f"message {index}: role {role!r} is none of {', '.join(ROLES)}")
+    try:
+        text_of(message.get("content"))
+    except DataError as error:
+        raise DataError(f"message {index}: {error}") from error
 
 
 def evaluate(

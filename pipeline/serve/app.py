@@ -137,6 +137,8 @@ class App:
             await exchange.write(_frame(chunk))
         finally:
             keeping_alive.cancel()
+            # Nothing of it comes after the end; a HungUp it met is `unless_hung_up`'s to tell.
+            await asyncio.gather(keeping_alive, return_exceptions=True)
         await exchange.write(schema.DONE)
         await exchange.write(b"", more=False)
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from openai import OpenAI
+from openai import APIError, OpenAI
 
 from pipeline.chat import Mode
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, PipelineError
+from pipeline.serve.catalog import find_artefact, refuse_uncertified
 
 MODES: tuple[Mode, ...] = ("thinking", "direct")
 
@@ -20,17 +21,29 @@ def ask_both_modes(
     """Mode, reasoning and answer of a question in each mode; the server is stopped at the end."""
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": question})
-    with _server(target) as url, OpenAI(base_url=url, api_key="none") as client:
+    artefact = find_artefact(target)
+    # The server would refuse as well, but only we can say so with the right exit code.
+    refuse_uncertified(artefact, artefact.gguf)
+    with _server(target) as url, OpenAI(base_url=url, api_key="none", max_retries=0) as client:
         for mode in MODES:
-            completion = client.chat.completions.create(
-                model=client.models.list().data[0].id,
-                messages=messages,  # type: ignore[arg-type]
-                max_tokens=256,
-                temperature=0,
-                extra_body={"reasoning": {"enabled": mode == "thinking"}},
-            )
-            message = completion.choices[0].message
-            yield mode, getattr(message, "reasoning", None), message.content or ""
+            yield mode, *_ask(client, messages, mode)
+
+
+def _ask(client: OpenAI, messages: list[dict[str, str]], mode: Mode) -> tuple[str | None, str]:
+    try:
+        completion = client.chat.completions.create(
+            model=client.models.list().data[0].id,
+            messages=messages,  # type: ignore[arg-type]
+            max_tokens=256,
+            temperature=0,
+            extra_body={"reasoning": {"enabled": mode == "thinking"}},
+        )
+    except APIError as error:
+        body = error.body if isinstance(error.body, dict) else {}
+        what = body.get("message") or error.message
+        raise PipelineError(f"the question was not answered in {mode} mode: {what}") from error
+    message = completion.choices[0].message
+    return getattr(message, "reasoning", None), message.content or ""
 
 
 @contextmanager

@@ -112,6 +112,8 @@ class _Reading:
             return
         call = parse_call(piece.text) if piece.channel == "call" else None
         if call is not None and call.name in self._order.tool_names:
+            # What came before the call is told before it, and no stop reaches across it.
+            yield from _say(self._stops.finish())
             yield Called(self._num_calls, call)
             self._num_calls += 1
             self.is_over = self._num_calls == self._order.max_calls

@@ -7,7 +7,7 @@ from pipeline.chat import Mode
 from pipeline.engine.protocol import Sampling
 from pipeline.errors import DataError, RequestError
 from pipeline.serve.catalog import Served
-from pipeline.serve.request import HARMLESS, ChatRequest
+from pipeline.serve.request import HARMLESS, READ_OF_MESSAGES, ChatRequest, Reasoning
 
 # Qwen's own recommendation for each mode; a model asked for nothing in particular gets these.
 _DEFAULTS: dict[Mode, dict[str, Any]] = {
@@ -104,19 +104,33 @@ def _no_endpoint(what: str) -> RequestError:
 
 def _mode(request: ChatRequest) -> Mode:
     """Thinking, unless it is switched off: that is Qwen3's own default."""
-    reasoning = request.reasoning
-    effort = request.reasoning_effort
-    if reasoning is not None:
-        if reasoning.effort is not None and effort not in (None, reasoning.effort):
-            raise RequestError('"reasoning.effort" and "reasoning_effort" differ; send one')
-        effort = reasoning.effort or effort
-        if effort is not None and reasoning.max_tokens is not None:
-            raise RequestError(
-                'Only one of "reasoning.effort" and "reasoning.max_tokens" can be specified'
-            )
-        if reasoning.enabled is False or reasoning.max_tokens == 0:
-            return "direct"
-    return "direct" if effort == "none" else "thinking"
+    wishes = _thinking_wishes(request)
+    names = {thinks: name for name, thinks in wishes.items()}
+    if len(names) == 2:
+        raise RequestError(f"{names[True]} and {names[False]} contradict each other; send one")
+    return "direct" if False in names else "thinking"
+
+
+def _thinking_wishes(request: ChatRequest) -> dict[str, bool]:
+    """Every field that says whether to think, as the client wrote it, and what it says."""
+    reasoning, effort = request.reasoning or Reasoning(), request.reasoning_effort
+    if reasoning.effort is not None and effort not in (None, reasoning.effort):
+        raise RequestError('"reasoning.effort" and "reasoning_effort" differ; send one')
+    budget = reasoning.max_tokens
+    if budget is not None and (reasoning.effort or effort):
+        raise RequestError(
+            'Only one of "reasoning.effort" and "reasoning.max_tokens" can be specified'
+        )
+    wishes = {}
+    if reasoning.enabled is not None:
+        wishes[f'"reasoning.enabled": {str(reasoning.enabled).lower()}'] = reasoning.enabled
+    if budget is not None:
+        wishes[f'"reasoning.max_tokens": {budget}'] = budget > 0
+    if reasoning.effort is not None:
+        wishes[f'"reasoning.effort": "{reasoning.effort}"'] = reasoning.effort != "none"
+    if effort is not None:
+        wishes[f'"reasoning_effort": "{effort}"'] = effort != "none"
+    return wishes
 
 
 def _shows_reasoning(request: ChatRequest) -> bool:
@@ -174,15 +188,38 @@ def _ignored(request: ChatRequest, mode: Mode) -> list[str]:
         for name, value in (request.model_extra or {}).items()
         if value is not None and name not in HARMLESS
     ]
-    reasoning = request.reasoning
-    if reasoning is not None:
-        names += [f"reasoning.{name}" for name in reasoning.model_extra or ()]
+    if request.max_completion_tokens is not None and request.max_tokens not in (
+        None,
+        request.max_completion_tokens,
+    ):
+        names.append("max_tokens")
+    return [*names, *_ignored_of_reasoning(request, mode), *_ignored_of_messages(request)]
+
+
+def _ignored_of_reasoning(request: ChatRequest, mode: Mode) -> list[str]:
+    reasoning = request.reasoning or Reasoning()
+    extra = reasoning.model_extra or {}
+    names = [f"reasoning.{name}" for name, value in extra.items() if value is not None]
+    if reasoning.exclude is not None and request.include_reasoning is reasoning.exclude:
+        names.append("include_reasoning")
     if mode == "thinking":
         # No budget is enforced: the model thinks for as long as it wants, within max_tokens.
-        if reasoning is not None and reasoning.max_tokens is not None:
-            names.append("reasoning.max_tokens")
-        if reasoning is not None and reasoning.effort is not None:
-            names.append("reasoning.effort")
+        names += [
+            f"reasoning.{name}"
+            for name in ("max_tokens", "effort")
+            if getattr(reasoning, name) is not None
+        ]
         if request.reasoning_effort is not None:
             names.append("reasoning_effort")
     return names
+
+
+def _ignored_of_messages(request: ChatRequest) -> list[str]:
+    """Each name once, however many messages have it."""
+    names = {
+        f"messages[].{name}": None
+        for message in request.messages or ()
+        for name, value in message.items()
+        if value is not None and name not in READ_OF_MESSAGES[message["role"]]
+    }
+    return list(names)

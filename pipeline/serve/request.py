@@ -32,6 +32,12 @@ HARMLESS = frozenset(
     ]
 )
 
+# What is read of a message, which call it answers, and a hint for the cache; by its role.
+_OF_EVERY = frozenset(["role", "content", "tool_call_id", "cache_control"])
+_OF_REPLIES = frozenset(["tool_calls", "reasoning", "reasoning_content", "reasoning_details"])
+READ_OF_MESSAGES = dict.fromkeys(("system", "developer", "user", "tool"), _OF_EVERY)
+READ_OF_MESSAGES["assistant"] = _OF_EVERY | _OF_REPLIES
+
 
 class _Part(BaseModel):
     """Strict: 1 is no string and "1" is no number. What is not declared is kept, for naming."""

@@ -44,7 +44,7 @@ def generation_id(created: int) -> str:
 
 def ignored_header(names: Sequence[str]) -> str:
     """Names for `X-Ignored-Parameters`; percent-encoded, as a client may send any key."""
-    shown = [quote(name[:64], safe="._-~") for name in names[:_MAX_NAMES]]
+    shown = [quote(name[:64], safe="._-~[]") for name in names[:_MAX_NAMES]]
     return ", ".join([*shown, "..."] if len(names) > _MAX_NAMES else shown)
 
 

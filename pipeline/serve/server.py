@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -17,7 +18,9 @@ from pipeline.engine.llamacpp import LlamaCpp
 from pipeline.engine.protocol import Engine, Sampling
 from pipeline.errors import EngineError, PipelineError
 from pipeline.serve.app import App
-from pipeline.serve.catalog import Artefact, Catalog, Served, find_artefact
+from pipeline.serve.catalog import Artefact, Catalog, Served, find_artefact, refuse_uncertified
+
+log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -38,24 +41,41 @@ class Settings:
     grace_s: int = 10
     """How long running replies may take after the signal to stop."""
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the engine is a URL: it has loaded a file that need not lie here."""
+        return self.engine.startswith(("http://", "https://"))
+
 
 def serve(path: Path, settings: Settings, ready: Callable[[str], None]) -> None:
     """Serve a run folder or a .gguf file until SIGINT or SIGTERM; call in the main thread.
 
-    `ready` is told the base URL once the first request can be answered.
+    `ready` is told the base URL once the first request can be answered. Raises GateMissed for an
+    artefact whose certificate says that it is not the model as trained.
     """
     artefact = find_artefact(path)
+    refuse_uncertified(artefact, None if settings.is_elsewhere else _gguf(artefact))
     with _listen(settings) as listener:
         asyncio.run(_serve(artefact, settings, listener, ready))
 
 
+def _gguf(artefact: Artefact) -> Path:
+    if artefact.gguf is None:
+        raise PipelineError(f"{artefact.folder} has no .gguf file: run `pipeline export` first")
+    return artefact.gguf
+
+
 @contextlib.contextmanager
 def _listen(settings: Settings) -> Iterator[socket.socket]:
-    """Take the port first: a model is not loaded for a port that is not free."""
+    """Take the port first: a model is not loaded for a port that is not free.
+
+    A port is only taken by listening; two may bind it. A connection waits until we are ready.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((settings.host, settings.port))
+            listener.listen()
         except (OSError, OverflowError) as error:
             raise PipelineError(
                 f"cannot listen on {settings.host}:{settings.port}: {error}; choose another port"
@@ -67,7 +87,8 @@ async def _serve(
     artefact: Artefact, settings: Settings, listener: socket.socket, ready: Callable[[str], None]
 ) -> None:
     chat = Chat(artefact.folder)
-    created = int(artefact.gguf.stat().st_mtime)
+    file = artefact.tokenizer if settings.is_elsewhere else _gguf(artefact)
+    created = int(file.stat().st_mtime)
     starting = asyncio.current_task()
     assert starting is not None
     _on_signals(starting.cancel)
@@ -77,8 +98,6 @@ async def _serve(
             served = Served(artefact.name, chat, engine, created)
             server = _Server(_configure(App(Catalog([served])), settings))
             _on_signals(server.stop)
-            # From here on a connection waits to be accepted; before, it was refused.
-            listener.listen()
             host, port = listener.getsockname()[:2]
             ready(f"http://{host}:{port}/api/v1")
             await server.serve(sockets=[listener])
@@ -93,26 +112,32 @@ def _on_signals(action: Callable[[], object]) -> None:
 @contextlib.asynccontextmanager
 async def _engine(artefact: Artefact, settings: Settings) -> AsyncIterator[Engine]:
     """The engine for as long as it is needed; its log is kept only if something failed."""
-    if settings.engine.startswith(("http://", "https://")):
+    if settings.is_elsewhere:
         async with await LlamaCpp.at(settings.engine) as engine:
             yield engine
         return
     if settings.engine != "llamacpp":
         raise PipelineError(f"engine {settings.engine!r} is unknown: give llamacpp or a URL")
+    gguf, slots = _gguf(artefact), settings.slots
     handle, name = tempfile.mkstemp(prefix="llamacpp-", suffix=".log")
     os.close(handle)
-    log, failed = Path(name), False
+    file, failed = Path(name), False
     try:
         async with await LlamaCpp.start(
-            artefact.gguf, slots=settings.slots, context_tokens=settings.context_tokens, log=log
+            gguf, slots=slots, context_tokens=settings.context_tokens, log=file
         ) as engine:
-            yield engine
+            try:
+                yield engine
+            finally:
+                failed = engine.has_failed
+        if failed:
+            log.error("llama.cpp failed while it served; see %s", file)
     except EngineError:
         failed = True
         raise
     finally:
         if not failed:
-            log.unlink()
+            file.unlink()
 
 
 async def _warm_up(engine: Engine, chat: Chat) -> None:

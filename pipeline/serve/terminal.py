@@ -78,17 +78,30 @@ class Speaker:
         try:
             async with self._session.post(f"{self._url}/chat/completions", json=body) as response:
                 if response.status != 200:
-                    raise _failed(orjson.loads(await response.read()))
+                    raise _failed(_parse(await response.read()), response.status)
                 async for line in response.content:
                     if line.startswith(b"data: {"):
-                        chunk = orjson.loads(line[len(b"data: ") :])
-                        if "error" in chunk:
-                            raise _failed(chunk)
+                        chunk = _parse(line[len(b"data: ") :])
+                        if "error" in chunk or "choices" not in chunk:
+                            raise _failed(chunk, response.status)
                         for choice in chunk["choices"]:
                             yield choice["delta"]
         except aiohttp.ClientError as error:
             raise PipelineError(f"the server at {self._url} has gone: {error}") from error
 
 
-def _failed(body: dict[str, Any]) -> PipelineError:
-    return PipelineError(f"the server refused: {body['error']['message']}")
+def _parse(text: bytes) -> dict[str, Any]:
+    """A JSON object; an empty one for anything else, such as a proxy's HTML."""
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _failed(answer: dict[str, Any], status: int) -> PipelineError:
+    try:
+        what = answer["error"]["message"]
+    except (LookupError, TypeError):
+        what = f"its answer with status {status} is not the API's"
+    return PipelineError(f"the server refused: {what}")
