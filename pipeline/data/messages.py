@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.chat import ROLES, Message, text_of
+from pipeline.chat import Message, check_message, text_of
 from pipeline.errors import DataError
 
 
@@ -110,13 +110,7 @@ def _check_calls(index: int, message: Message) -> list[Any]:
 def _check_message(index: int, message: Any) -> None:
     if not isinstance(message, dict):
         raise DataError(f"message {index} is not a JSON object")
-    role = message.get("role")
-    if role not in (*ROLES, "developer"):
-        raise DataError(f"message {index}: role {role!r} is none of {', '.join(ROLES)}")
-    try:
-        text_of(message.get("content"))
-    except DataError as error:
-        raise DataError(f"message {index}: {error}") from error
+    check_message(index, message)
     calls = _check_calls(index, message)
-    if role == "assistant" and not calls and not text_of(message.get("content")).strip():
+    if message["role"] == "assistant" and not calls and not text_of(message.get("content")).strip():
         raise DataError(f"message {index}: an assistant turn with neither text nor tool calls")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.chat import ROLES, Chat, Mode, is_well_formed, parse_reply, text_of
+from pipeline.chat import Chat, Mode, check_message, is_well_formed, parse_reply
 from pipeline.engine.llamacpp import LlamaCpp
 from pipeline.engine.protocol import Engine, Sampling
 from pipeline.errors import DataError
@@ -61,18 +61,8 @@ def _parse(row: dict[str, Any]) -> Question:
     if not all(isinstance(text, str) and text for text in (question.answer, last)):
         raise ValueError("not texts")
     for index, message in enumerate(question.messages):
-        _check_message(index, message)
+        check_message(index, message)
     return question
-
-
-def _check_message(index: int, message: dict[str, Any]) -> None:
-    role = message.get("role")
-    if role not in (*ROLES, "developer"):
-        raise DataError(f"message {index}: role {role!r} is none of {', '.join(ROLES)}")
-    try:
-        text_of(message.get("content"))
-    except DataError as error:
-        raise DataError(f"message {index}: {error}") from error
 
 
 def evaluate(

@@ -1,0 +1,192 @@
+"""Conversations to text and ids, by the checkpoint's own template and tokenizer."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from tokenizers import Tokenizer
+
+from pipeline.chat.message import Message, Mode, prepare_message, reasoning_of
+from pipeline.errors import BaseError, DataError
+
+END_OF_TURN = "<|im_end|>"
+
+# A literal control token inside a message must stay ordinary text. It travels through the template
+# as ESCAPE plus one character that says which literal it is, and becomes ordinary ids afterwards.
+_ESCAPE = "\U0010fffd"
+_FIRST_CODE = 0xE000
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One trained assistant turn: what the model is given, and what it must emit."""
+
+    prompt: str
+    completion: str
+    """Through <|im_end|>, which is its last token."""
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    index: int
+    """The assistant message's place in the conversation."""
+    mode: Mode
+
+
+class Chat:
+    """A checkpoint's dialogue: its `chat_template.jinja` and its `tokenizer.json`."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read both files; raises BaseError naming the one that is missing or unreadable."""
+        self.tokenizer = _load_tokenizer(folder / "tokenizer.json")
+        self.template = _compile(template_text(folder))
+        added = self.tokenizer.get_added_tokens_decoder()
+        self._literals = [_ESCAPE, *(token.content for token in added.values())]
+        self._literal_pattern = re.compile("|".join(re.escape(t) for t in self._literals))
+        # Cut after its first character no literal is matched whole: none of these ids is control.
+        self._literal_ids = [self._encode(t[:1]) + self._encode(t[1:]) for t in self._literals]
+        self.end_of_turn_id = self.token_id(END_OF_TURN)
+
+    def token_id(self, token: str) -> int:
+        """The id of one token of the vocabulary; BaseError if it is not a single token."""
+        token_id = self.tokenizer.token_to_id(token)
+        if token_id is None:
+            raise BaseError(
+                f"the tokenizer has no token {token}; this is not a Qwen3 dialogue model"
+            )
+        return int(token_id)
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, mode: Mode | None
+    ) -> str:
+        """The official template's text; `mode` asks for the generation prompt in that mode.
+
+        Literal control tokens of the messages are still escaped in it: `show` gives readable text.
+        """
+        try:
+            return self.template.render(
+                messages=[self._escape(prepare_message(message)) for message in messages],
+                tools=self._escape(list(tools)) if tools else None,
+                add_generation_prompt=mode is not None,
+                enable_thinking=mode != "direct",
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise DataError(f"the template cannot express these messages: {error}") from error
+
+    def encode(self, rendered: str) -> list[int]:
+        """Ids of a rendered text; control tokens of the template are single ids."""
+        ids: list[int] = []
+        first, *rest = rendered.split(_ESCAPE)
+        ids += self._encode(first)
+        for piece in rest:
+            ids += self._literal_ids[ord(piece[0]) - _FIRST_CODE]
+            ids += self._encode(piece[1:])
+        return ids
+
+    def show(self, rendered: str) -> str:
+        """A rendered text with its literals put back: for people, never for encoding."""
+        return re.sub(
+            f"{_ESCAPE}(.)", lambda m: self._literals[ord(m[1]) - _FIRST_CODE], rendered, flags=re.S
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, control tokens visible."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def prompt_ids(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, mode: Mode
+    ) -> list[int]:
+        """What an engine is asked to continue."""
+        return self.encode(self.render(messages, tools, mode))
+
+    def turns(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> Iterator[Turn]:
+        """Each assistant turn as inference would meet it (design law 1).
+
+        The prompt is the official render of everything before the turn, with the generation prompt
+        of the turn's own mode: thinking if it has reasoning, else direct. The completion is what
+        the official render of the turn adds to that. A turn before any user turn is context only.
+        Raises DataError where the template's text does not begin with its own prompt.
+        """
+        asked = False
+        for index, message in enumerate(messages):
+            asked = asked or message["role"] == "user"
+            if message["role"] != "assistant" or not asked:
+                continue
+            mode: Mode = "thinking" if reasoning_of(message).strip() else "direct"
+            prompt = self.render(messages[:index], tools, mode)
+            full = self.render(messages[: index + 1], tools, None)
+            if not full.startswith(prompt):
+                raise DataError(f"message {index}: the template does not continue its own prompt")
+            completion, end, _ = full[len(prompt) :].partition(END_OF_TURN)
+            completion += end
+            yield Turn(
+                self.show(prompt),
+                self.show(completion),
+                self.encode(prompt),
+                self.encode(completion),
+                index,
+                mode,
+            )
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _escape(self, value: Any) -> Any:
+        """Escape every literal control token in every string of a JSON-like value."""
+        if isinstance(value, str):
+            return self._literal_pattern.sub(
+                lambda match: _ESCAPE + chr(_FIRST_CODE + self._literals.index(match[0])), value
+            )
+        if isinstance(value, Mapping):
+            return {self._escape(key): self._escape(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._escape(item) for item in value]
+        return value
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise BaseError(f"{path} is missing: a checkpoint needs its tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception for every fault of the file
+        raise BaseError(f"{path} is not a tokenizer: {error}") from error
+
+
+def template_text(folder: Path) -> str:
+    """A checkpoint's chat template, wherever it keeps it; BaseError if it has none."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"  # where transformers 4 kept it
+    template = json.loads(config.read_text("utf-8")).get("chat_template") if config.is_file() else 0
+    if not isinstance(template, str):
+        raise BaseError(f"{path} is missing: a checkpoint needs its chat template")
+    return template
+
+
+def _compile(template: str) -> jinja2.Template:
+    """Compile as transformers' `apply_chat_template` does; a test holds the two equal."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise BaseError(f"the chat template is not Jinja: {error}") from error
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
