@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.base.wheels import GGUF_CONVERTER, unpacked
 from pipeline.chat import template_text
 from pipeline.errors import RunError
-from pipeline.run import fresh_folder, publish
+from pipeline.run import whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +22,7 @@ def export_gguf(checkpoint: Path, out: Path, name: str, formats: Sequence[str]) 
     The server renders by these files, not by the template inside the GGUF, so that it needs no
     torch. Raises RunError with the converter's last words; nothing is left under `out` then.
     """
-    temporary = fresh_folder(out)
-    try:
+    with whole_folder(out) as temporary:
         for gguf_format in formats:
             file = temporary / f"{name}-{gguf_format}.gguf"
             log.info("writing %s", out / file.name)
@@ -31,11 +30,6 @@ def export_gguf(checkpoint: Path, out: Path, name: str, formats: Sequence[str]) 
         shutil.copyfile(checkpoint / "tokenizer.json", temporary / "tokenizer.json")
         # Older checkpoints keep the template in tokenizer_config.json; a server gets it as a file.
         (temporary / "chat_template.jinja").write_text(template_text(checkpoint), encoding="utf-8")
-        publish(temporary, out)
-    except OSError as error:
-        raise RunError(f"{out} cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _convert(checkpoint: Path, file: Path, gguf_format: str) -> None:

@@ -1,11 +1,9 @@
 """Base plus adapter to one checkpoint, streamed: W + s·BA, and nothing else changed."""
 
-import errno
 import json
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +24,7 @@ from pipeline.base.checkpoint import (
 )
 from pipeline.base.nf4 import as_trained, quantised_weights
 from pipeline.errors import BaseError, RunError
-from pipeline.run import fresh_folder, publish
+from pipeline.run import whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -90,17 +88,15 @@ def merge(
     taken in float64 and rounded once to float32, then to `dtype`. Raises RunError for an adapter
     that does not fit, and for a disk that is too small or fails; nothing is left under `out` then.
     """
-    with _told(base, "read"):
+    try:
         plan = _plan(base, adapter, method, dtype)
-    with _told(out, "written"):
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise RunError(f"{base} cannot be read: {error.strerror}{where}") from error
+    with whole_folder(out) as temporary:
         _check_space(plan, out)
-        temporary = fresh_folder(out)
-        try:
-            _write_shards(plan, temporary)
-            _copy_other_files(base, temporary)
-            publish(temporary, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        _write_shards(plan, temporary)
+        _copy_other_files(base, temporary)
 
 
 def _plan(base: Path, adapter: Path, method: str, dtype: Dtype) -> _Plan:
@@ -109,19 +105,6 @@ def _plan(base: Path, adapter: Path, method: str, dtype: Dtype) -> _Plan:
     _check_fit(factors, tensors, adapter, base)
     quantised = quantised_weights(base) if method == "qlora" else frozenset()
     return _Plan(layout, factors, quantised, dtype)
-
-
-@contextmanager
-def _told(path: Path, what: str) -> Iterator[None]:
-    """Say in one sentence that a disk has failed."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise RunError(f"the disk is full; {path} was not {what}, free some space") from error
-        reason = error.strerror or str(error).partition("\n")[0]
-        where = f" ({error.filename})" if error.filename else ""
-        raise RunError(f"{path} cannot be {what}: {reason}{where}") from error
 
 
 def _write_shards(plan: _Plan, out: Path) -> None:
@@ -197,7 +180,6 @@ def _check_fit(
 def _check_space(plan: _Plan, out: Path) -> None:
     base_bytes = sum(tensor.num_bytes for shard in plan.layout.values() for tensor in shard)
     needed = base_bytes * (2 if plan.dtype == "float32" else 1)
-    out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise RunError(

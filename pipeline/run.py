@@ -1,10 +1,12 @@
 """Where one run's artefacts lie, and the manifest that says what each was made from."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,6 +191,25 @@ def write_json(path: Path, value: Any) -> None:
         temporary.replace(path)
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill: it gets its final name if the block ends well, else nothing is left of it.
+
+    A disk that fails in the block is a RunError in one sentence.
+    """
+    temporary = fresh_folder(path)
+    try:
+        yield temporary
+        publish(temporary, path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise RunError(f"the disk is full; {path} was not written, free some space") from error
+        reason = error.strerror or str(error).partition("\n")[0]
+        raise RunError(f"{path} cannot be written: {reason}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def fresh_folder(path: Path) -> Path:

@@ -27,7 +27,7 @@ from trl import SFTConfig, SFTTrainer
 
 from pipeline.errors import BaseError, RecipeError, RunError
 from pipeline.recipe import Train
-from pipeline.run import fresh_folder, publish
+from pipeline.run import fresh_folder, whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +65,11 @@ def train(settings: Train, base: Path, rows: Path, out: Path) -> dict[str, float
 
 
 def _save(model: PeftModel, adapter: Path) -> None:
-    temporary = fresh_folder(adapter)
-    try:
-        model.save_pretrained(temporary, save_embedding_layers=False)
-        publish(temporary, adapter)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{adapter} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with whole_folder(adapter) as temporary:
+        try:
+            model.save_pretrained(temporary, save_embedding_layers=False)
+        except SafetensorError as error:  # how the library reports a disk that is full
+            raise RunError(f"{adapter} cannot be written: {error}") from error
 
 
 def labelled(path: Path, scratch: Path) -> Dataset:

@@ -1,6 +1,5 @@
 """`pipeline base KIND`: write a base once, do nothing where it already stands unharmed."""
 
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from pipeline.base.demo import make_demo
 from pipeline.base.random import make_random
 from pipeline.base.tiny import make_tiny
 from pipeline.errors import BaseError
-from pipeline.run import fresh_folder, hash_file, publish, read_json, write_json
+from pipeline.run import hash_file, read_json, whole_folder, write_json
 
 Kind = Literal["demo", "tiny", "random"]
 _VERSION = 1  # raise it when a kind is made otherwise, so that older folders are made again
@@ -31,16 +30,10 @@ def make_base(kind: Kind, shape: str, out: Path) -> bool:
         return False
     if out.exists() and not (out / _RECORD).is_file():
         raise BaseError(f"{out} is there but was not made by `pipeline base`; choose another --out")
-    temporary = fresh_folder(out)
-    try:
+    with whole_folder(out) as temporary:
         maker(temporary)
         files = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
         write_json(temporary / _RECORD, {"made_as": made_as, "sha256": files})
-        publish(temporary, out)
-    except OSError as error:
-        raise BaseError(f"{out} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return True
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from pipeline.data.rows import Row, make_rows
 from pipeline.data.store import write_rows
 from pipeline.errors import DataError
 from pipeline.recipe import Data, Source
-from pipeline.run import fresh_folder, publish, write_json
+from pipeline.run import whole_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +29,9 @@ def prepare(data: Data, chat: Chat, seed: int, out: Path) -> dict[str, Any]:
     conversation that cannot become rows, or drops it with a count under `invalid: drop`. Nothing
     is left under `out` then, or what was there before.
     """
-    temporary = fresh_folder(out)
-    try:
+    with whole_folder(out) as temporary:
         report = _prepare(data, chat, seed, temporary)
         write_json(temporary / REPORT, report)
-        publish(temporary, out)
-    except OSError as error:
-        raise DataError(f"{out} cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return report
 
 
