@@ -2,9 +2,9 @@
 
 import json
 import logging
-import shutil
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from trl import SFTConfig, SFTTrainer
 
 from pipeline.errors import BaseError, RecipeError, RunError
 from pipeline.recipe import Train
-from pipeline.run import fresh_folder, whole_folder
+from pipeline.run import whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -40,23 +40,23 @@ def train(settings: Train, base: Path, rows: Path, out: Path) -> dict[str, float
     Returns what was measured: steps, seconds, peak bytes.
     """
     torch.manual_seed(settings.seed)
-    scratch = fresh_folder(out / "trainer")
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = with_adapter(load_base(base, settings), settings)
-    trainer = SupervisedTrainer(
-        model=model,
-        args=_arguments(settings, scratch),
-        train_dataset=labelled(rows, scratch),
-        processing_class=tokenizer,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(StepLog(out / "metrics.jsonl", trainer))
-    keep_adapter_in_float32(model)
-    started = time.monotonic()
-    trainer.train()
-    seconds = time.monotonic() - started
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out, prefix="trainer-") as scratch:
+        trainer = SupervisedTrainer(
+            model=model,
+            args=_arguments(settings, Path(scratch)),
+            train_dataset=labelled(rows, Path(scratch)),
+            processing_class=tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(StepLog(out / "metrics.jsonl", trainer))
+        keep_adapter_in_float32(model)
+        started = time.monotonic()
+        trainer.train()
+        seconds = time.monotonic() - started
     _save(model, out / "adapter")
-    shutil.rmtree(scratch, ignore_errors=True)
     return {
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 2),

@@ -260,6 +260,12 @@ def test_a_module_the_base_has_not_is_the_recipes_fault(tiny_base: Path) -> None
         with_adapter(load_base(tiny_base, chosen), chosen)
 
 
+def test_training_that_stops_leaves_no_scratch_folder(tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        train(settings(), tiny_base, tmp_path / "none.arrow", tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_a_base_that_cannot_be_loaded_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BaseError, match=r"cannot be loaded: ") as caught:
