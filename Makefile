@@ -1,5 +1,6 @@
 # make demo   everything once: environment, base, training, merge, export, proof, scores, answers
 # make test   what a package index is enough for; make test-all: the rest too; make check: linters
+# make bench-data   time and memory of the data stage beside TRL's own preparation
 # make all RECIPE=recipes/NAME.yaml   the chain of stages; each stage is a target of its own too
 
 RECIPE ?= recipes/demo.yaml
@@ -14,7 +15,7 @@ FREEZE := $(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9]*$$//
 QUESTION := With what request header do I opt in to response caching?
 SYSTEM := You are the support assistant for the OpenRouter chat API.
 
-.PHONY: demo all data plan train merge export certify evaluate serve test test-all check constraints clean
+.PHONY: demo all data plan train merge export certify evaluate serve test test-all check bench-data constraints clean
 
 demo: .venv/ready bases/demo/base.json
 	$(PIPELINE) check recipes/demo.yaml
@@ -77,6 +78,9 @@ check: .venv/ready
 	$(BIN)/lint-imports --verbose
 	$(FREEZE) | diff constraints.txt - \
 	  || { echo "constraints.txt is not what is installed: make constraints in a fresh .venv"; exit 1; }
+
+bench-data: .venv/ready
+	$(PIPELINE) bench data
 
 # Pins of everything, from a fresh environment; the next make takes them up.
 constraints:

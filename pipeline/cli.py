@@ -13,7 +13,7 @@ import typer
 
 from pipeline.errors import PipelineError, RecipeError
 from pipeline.recipe import Recipe, load_recipe, parse_recipe
-from pipeline.run import Run, read_json, write_json
+from pipeline.run import Run, read_json, write_json, write_text
 from pipeline.stages import Context, find_stage, stale_before
 
 app = typer.Typer(
@@ -27,7 +27,10 @@ Target = Annotated[Path, typer.Argument(help="A recipe file or a run folder.")]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="Override a recipe key: train.steps=2.")
 ]
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench", help="Measure what the README's tables say.")
 say = typer.echo
+PAGE_ROWS = 12  # how many rows data.html shows
 # Which extra of pyproject.toml brings a missing package; all others are in "train".
 EXTRAS = dict.fromkeys(("aiohttp", "orjson", "rich", "starlette", "uvicorn", "xllamacpp"), "serve")
 EXTRAS["openai"] = "dev"
@@ -37,13 +40,19 @@ EXTRAS["openai"] = "dev"
 def check(target: Target, overrides: Sets = None) -> None:
     """Validate a recipe, its data files and its base; nothing is loaded."""
     from pipeline.base.names import check_base
+    from pipeline.sources import has_files
 
     recipe = _recipe(target, overrides)
     sources = [source.path for source in recipe.data.sources]
-    named = [*sources, recipe.data.eval.path, recipe.evaluate.questions]
-    missing = [path for path in named if path and not Path(path).is_file()]
+    named = [path for path in (*sources, recipe.data.eval.path) if path]
+    missing = [path for path in named if not has_files(path)]
+    questions = recipe.evaluate.questions
+    if questions and not Path(questions).is_file():
+        missing.append(questions)
     if missing:
-        raise RecipeError(f"{target}: no such file from {Path.cwd()}: {', '.join(missing)}")
+        replay = str(Run.named(recipe.name).replay)
+        hint = "; run `pipeline replay` first" if replay in missing else ""
+        raise RecipeError(f"{target}: no such file from {Path.cwd()}: {', '.join(missing)}{hint}")
     check_base(recipe.base)
     say(f"{target}: fine, {recipe.train.method} of {recipe.base}, run folder runs/{recipe.name}")
 
@@ -69,20 +78,62 @@ def base(
 
 
 @app.command()
-def data(target: Target, overrides: Sets = None) -> None:
-    """Conversations to rows, exactly as inference renders them."""
+def data(
+    target: Target,
+    overrides: Sets = None,
+    show: Annotated[int, typer.Option(help="Print so many rows, as the model sees them.")] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="A warning is a failure.")] = False,
+    dump: Annotated[Path | None, typer.Option(help="Write every row as JSON lines.")] = None,
+) -> None:
+    """Conversations to rows, exactly as inference renders them; checked and reported."""
+    context = _context(target, overrides, "config")
 
-    def work(context: Context) -> None:
-        from pipeline.chat import Chat
-        from pipeline.data.prepare import prepare
+    from rich.console import Console
 
-        recipe = context.recipe
-        report = prepare(recipe.data, Chat(context.base), recipe.train.seed, context.run.data)
-        ids = {"train": report["train_sha256"], "eval": report["eval_sha256"]}
-        context.run.describe(rendered_ids=ids)
-        say(json.dumps(report, indent=2))
+    from pipeline.chat import Chat
+    from pipeline.data.dump import dump_rows
+    from pipeline.data.show import report_tables, row_text
+    from pipeline.data.store import read_spread
+    from pipeline.data.warn import refuse_warnings
 
-    _stage("data", _context(target, overrides, "config"), work)
+    run, console = context.run, Console()
+    _pin_hub_sources(context)
+    _stage("data", context, _prepare)
+    report = read_json(run.data_report)
+    for table in report_tables(report):
+        console.print(table)
+    if show:
+        tokenizer = Chat(context.base)
+        for row in read_spread(run.train_rows, show):
+            console.print(row_text(row, tokenizer))
+    if dump:
+        dump_rows({"train": run.train_rows, "eval": run.eval_rows}, dump)
+        say(str(dump))
+    say(str(run.data_page))
+    if strict:
+        refuse_warnings(report)
+
+
+@app.command()
+def replay(target: Target, overrides: Sets = None) -> None:
+    """Let the base answer general prompts, thinking; sound replies are a source to mix in."""
+    from rich.console import Console
+
+    from pipeline.chat import Chat
+    from pipeline.replay.stage import Answerer
+    from pipeline.replay.stage import replay as ask
+
+    context = _context(target, overrides)
+    run, recipe = context.run, context.recipe
+    answerer = Answerer(Chat(context.base), context.base_hash(), lambda: _base_gguf(context))
+    tally, is_new = ask(recipe.replay, recipe.train.seed, answerer, run, Console(stderr=True))
+    if is_new:
+        write_json(run.recipe, recipe.model_dump(mode="json"))
+        run.describe(replay=tally.facts())
+    else:
+        say(f"replay: nothing to do, {run.replay} was made from the same inputs")
+    say(f"replay: {tally}")
+    say(f"a source for data.sources: {{path: {run.replay}, share: 0.2}}")
 
 
 @app.command()
@@ -259,6 +310,23 @@ def ask(
         say(f"  {answer}")
 
 
+@bench.command("data")
+def bench_data(
+    conversations: Annotated[int, typer.Option(min=1)] = 100_000,
+    keep: Annotated[
+        Path | None, typer.Option(help="An empty folder for what is made; else nothing stays.")
+    ] = None,
+) -> None:
+    """The data stage beside TRL's own preparation of the same conversations."""
+    from tempfile import TemporaryDirectory
+
+    from pipeline.bench.data import bench_data as measure
+    from pipeline.bench.data import table
+
+    with TemporaryDirectory(prefix="bench-data-") as folder:
+        say(table(measure(conversations, keep or Path(folder))))
+
+
 def _recipe(target: Path, overrides: list[str] | None) -> Recipe:
     if target.is_dir():
         if overrides:
@@ -288,6 +356,58 @@ def _context(
     if found.commit and found.commit != pinned:
         run.describe(base_named=named, base_commit=found.commit)
     return Context(recipe, run, found.folder)
+
+
+def _base_gguf(context: Context) -> Path:
+    """The base for llama.cpp, written again only if it has changed."""
+    from pipeline.export import export_gguf
+
+    run, gguf_format = context.run, context.recipe.replay.gguf
+    inputs = {"base": context.base_hash(), "gguf": gguf_format}
+    if run.changed("replay-base", inputs) != [] or not run.is_intact("replay-base"):
+        run.forget("replay-base")
+        export_gguf(context.base, run.replay_base, "base", [gguf_format])
+        run.record("replay-base", inputs, [run.replay_base])
+    return run.replay_base / f"base-{gguf_format}.gguf"
+
+
+def _pin_hub_sources(context: Context) -> None:
+    """Write down which commit a hub data set means; a run stays with the one it began with."""
+    pins = context.run.facts().get("hub_datasets", {})
+    hub = {source.name: source for source in context.recipe.data.sources if source.hub}
+    new = hub.keys() - pins.keys()
+    if new:
+        from pipeline.data.hub import pin  # brings in datasets, which takes a second
+
+        found = {name: pin(hub[name]) for name in new}
+        context.run.describe(hub_datasets=pins | found)
+
+
+def _fetch(context: Context) -> dict[str, list[Path]]:
+    """The files of the recipe's hub data sets, by the name of their source."""
+    pins = context.run.facts().get("hub_datasets", {})
+    hub = [source for source in context.recipe.data.sources if source.hub]
+    if not hub:
+        return {}
+    from pipeline.data.hub import fetch
+
+    return {source.name: fetch(source, pins[source.name]) for source in hub}
+
+
+def _prepare(context: Context) -> None:
+    """The data stage's work: rows, report and page."""
+    from pipeline.chat import Chat
+    from pipeline.data.page import render_page
+    from pipeline.data.prepare import prepare
+    from pipeline.data.show import segments
+    from pipeline.data.store import read_spread
+
+    recipe, run = context.recipe, context.run
+    report = prepare(recipe.data, context.base, recipe.train.seed, run.data, _fetch(context))
+    tokenizer = Chat(context.base)
+    shown = [(row, segments(row, tokenizer)) for row in read_spread(run.train_rows, PAGE_ROWS)]
+    write_text(run.data_page, render_page(recipe.name, report, shown))
+    run.describe(rendered_ids={"train": report["train_sha256"], "eval": report["eval_sha256"]})
 
 
 def _stage(name: str, context: Context, work: Callable[[Context], None]) -> None:

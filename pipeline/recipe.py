@@ -40,20 +40,62 @@ class Section(BaseModel):
         return value
 
 
-class Source(Section):
-    """One file of conversations."""
+Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "preference", "text"]
 
-    path: str
-    """A JSONL file in OpenAI's `messages` shape; relative to the current directory."""
+
+class Source(Section):
+    """Some files of conversations, or a data set on the hub."""
+
+    path: str | None = None
+    """A file, a folder or a glob, relative to the current directory: .jsonl, .json, .csv or
+    .parquet, each also with .gz or .zst after it."""
+    hub: str | None = None
+    """Or the id of a data set on the hub; the commit it means is written into the manifest."""
+    subset: str | None = None
+    """Which configuration of a hub data set; its default one otherwise."""
+    split: str = "train"
+    """Which split of a hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    format: Literal[Format, "auto"] = "auto"
+    """How a conversation is written; auto goes by the keys of the first one."""
+    weight: PositiveFloat = 1.0
+    """How often each conversation is trained in an epoch: 2 is twice, 0.5 a half of them, chosen by
+    the seed."""
+    share: float | None = Field(default=None, gt=0, lt=1)
+    """Instead of weight: this source's share of all conversations, replay at 0.2 for example."""
     cap: PositiveInt | None = None
     """Use at most this many conversations, from the top."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Source":
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give either path or hub")
+        if self.path is not None and (self.subset, self.split, self.revision) != (
+            None,
+            "train",
+            None,
+        ):
+            raise ValueError("subset, split and revision are for a hub data set")
+        if self.share is not None and self.weight != 1:
+            raise ValueError("give either weight or share")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The path, or the hub data set with its subset, split and revision."""
+        if self.path is not None:
+            return self.path
+        subset = f"/{self.subset}" if self.subset else ""
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{self.hub}{subset}:{self.split}{revision}"
 
 
 class Held(Section):
     """Rows kept out of training: for certificates."""
 
     path: str | None = None
-    """A JSONL file of its own."""
+    """A file, folder or glob of its own."""
     share: float | None = Field(default=None, gt=0, lt=1)
     """Or this share of the conversations, chosen by the seed."""
 
@@ -74,12 +116,23 @@ class Data(Section):
     thinking: Literal["per_row", "never", "always"] = "per_row"
     """per_row: a turn with reasoning is trained in thinking mode, one without in direct mode.
     never: reasoning is left out. always: only turns with reasoning are trained."""
-    overlong: Literal["drop", "refuse"] = "drop"
-    """A row longer than max_tokens is dropped and counted, or stops the run. It is never cut."""
+    overlong: Literal["drop", "refuse", "split_history"] = "drop"
+    """A row longer than max_tokens is dropped and counted, or stops the run; split_history leaves
+    the oldest turns out of its prompt until it fits. The trained turn itself is never cut."""
     invalid: Literal["refuse", "drop"] = "refuse"
     """A conversation that cannot become rows stops the run, or is dropped and counted."""
     max_tokens: PositiveInt = 4096
     """The longest row, prompt and completion together, in tokens."""
+    soft_switches: float = Field(default=0.0, ge=0, le=1)
+    """The probability that a question gets Qwen's switch for how it is answered: /think, or
+    /no_think before an answer without reasoning, which then begins with its empty block."""
+
+    @model_validator(mode="after")
+    def _shares_leave_something(self) -> "Data":
+        shares = [source.share for source in self.sources if source.share]
+        if sum(shares) >= 1 or (shares and len(shares) == len(self.sources)):
+            raise ValueError("the sources' shares must leave something for a source without one")
+        return self
 
 
 class Train(Section):
@@ -167,6 +220,20 @@ class Evaluate(Section):
     thinking_max_tokens: PositiveInt = 192
 
 
+class Replay(Section):
+    """General prompts answered by the base itself, so that its own ways are not forgotten."""
+
+    prompts: str = "data/general/prompts.jsonl"
+    """A JSONL file of `messages` that end with a user turn."""
+    max_tokens: PositiveInt = 2048
+    """The longest reply, reasoning included; a longer one is not kept."""
+    gguf: GgufFormat = "q8_0"
+    """What the base is written as for llama.cpp."""
+    parallel: PositiveInt = 1
+    """Prompts answered at once. 1 gives the same replies every time; more is faster, but a batch
+    of another composition rounds differently."""
+
+
 def _name_may_be_left_out(schema: dict[str, Any]) -> None:
     """Editors check files, and a file without `name` is named after itself."""
     schema["required"].remove("name")
@@ -188,6 +255,7 @@ class Recipe(Section):
     export: Export = Export()
     certify: Certify = Certify()
     evaluate: Evaluate = Evaluate()
+    replay: Replay = Replay()
 
 
 # Beside its own, PyYAML lets these through: a date that is none, an unhashable key, a deep nesting.

@@ -58,6 +58,11 @@ class Run:
         return self.data / "report.json"
 
     @property
+    def data_page(self) -> Path:
+        """The same for people, with some rows: one HTML file."""
+        return self.folder / "data.html"
+
+    @property
     def plan(self) -> Path:
         """Predicted memory and time, and what was measured."""
         return self.folder / "plan.json"
@@ -86,6 +91,21 @@ class Run:
     def before(self) -> Path:
         """The base as GGUF, for the evaluation before training."""
         return self.folder / "before"
+
+    @property
+    def replay(self) -> Path:
+        """The base's own replies to general prompts, a source to mix in."""
+        return self.folder / "replay.jsonl"
+
+    @property
+    def replay_journal(self) -> Path:
+        """Every reply once it is finished, rejected or not: a stopped replay goes on from there."""
+        return self.folder / "replay.partial.jsonl"
+
+    @property
+    def replay_base(self) -> Path:
+        """The base as GGUF, for its replies."""
+        return self.folder / "replay-base"
 
     @property
     def certificate(self) -> Path:
@@ -179,13 +199,17 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, fsync, rename; RunError if it cannot be written."""
+    """Write JSON as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, fsync, rename; RunError if it cannot be written."""
     temporary = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, ensure_ascii=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.chat import template_text
-from pipeline.errors import RunError
+from pipeline.errors import DataError, RunError
 from pipeline.recipe import Recipe
 from pipeline.run import Run, hash_contents, hash_file, hash_files, hash_value
+from pipeline.sources import find_files
 
 Inputs = Mapping[str, str]
 
@@ -34,15 +35,28 @@ class Context:
 
 def _data(context: Context) -> Inputs:
     recipe = context.recipe
-    paths = [source.path for source in recipe.data.sources]
+    paths = [source.path for source in recipe.data.sources if source.path]
     if recipe.data.eval.path:
         paths.append(recipe.data.eval.path)
-    files = {path: _hash_source(path) for path in paths}
+    files = {str(file): _hash_source(str(file)) for path in paths for file in _files_of(path)}
+    pinned = context.run.facts().get("hub_datasets", {})
+    hub = {s.name: hash_value(pinned.get(s.name)) for s in recipe.data.sources if s.hub}
     tokenizer = hash_file(context.base / "tokenizer.json")
-    return files | {
-        "data": hash_value([recipe.data.model_dump(), recipe.train.seed]),
-        "dialogue": hash_value([tokenizer, template_text(context.base)]),
-    }
+    return (
+        files
+        | hub
+        | {
+            "data": hash_value([recipe.data.model_dump(), recipe.train.seed]),
+            "dialogue": hash_value([tokenizer, template_text(context.base)]),
+        }
+    )
+
+
+def _files_of(path: str) -> list[Path]:
+    try:
+        return find_files(path)
+    except DataError:
+        return [Path(path)]
 
 
 def _hash_source(path: str) -> str:
@@ -112,7 +126,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("data", _data, lambda run: (run.data,)),
+    Stage("data", _data, lambda run: (run.data, run.data_page)),
     Stage("train", _train, lambda run: (run.adapter,)),
     Stage("merge", _merge, lambda run: (run.merged,)),
     Stage("export", _export, lambda run: (run.exports, run.before)),

@@ -84,6 +84,8 @@ def labelled(path: Path, scratch: Path) -> Dataset:
         }
 
     rows = Dataset.from_file(str(path))
+    if not len(rows):
+        raise RunError(f"{path} holds no rows: preference pairs alone are not trained on yet")
     cache = str(scratch / "labelled.arrow")
     return rows.map(label, remove_columns=rows.column_names, cache_file_name=cache)
 

@@ -159,7 +159,7 @@ def test_a_missing_data_file_is_named(workplace: Path, pipeline: Pipeline) -> No
     [
         (
             '{"messages": [\n',
-            "chats.jsonl:4: not JSON: Expecting value at character 16",
+            "chats.jsonl:4: not JSON: Expecting value at character 15",
         ),
         (
             '{"messages": [{"role": "user", "content": "Hi"}]}\n',
@@ -296,15 +296,50 @@ def test_data_twice_has_nothing_to_do_until_something_changes(
     fourth = pipeline("data", "mine.yaml", "--set", "data.max_tokens=4000")
 
     assert (first.code, first.err) == (0, "")
-    assert first.out.endswith("runs/mine/data\n")
-    assert second == (
-        0,
-        "data: nothing to do, runs/mine/data was made from the same inputs\n",
-        "",
-    )
+    made, _, told = first.out.partition("\n")
+    nothing, _, told_again = second.out.partition("\n")
+    assert made == "runs/mine/data"
+    assert (second.code, second.err) == (0, "")
+    assert nothing == "data: nothing to do, runs/mine/data was made from the same inputs"
+    assert told == told_again, "the report is told either way"
+    assert told.endswith("runs/mine/data.html\n")
     assert third.out.startswith("data: chats.jsonl changed since it ran; running it again\n")
     assert json.loads(report.read_text("utf-8"))["train"]["rows"] == 4
     assert fourth.out.startswith("data: data changed since it ran; running it again\n")
+
+
+def test_a_missing_replay_is_told_how_to_be_made(workplace: Path, pipeline: Pipeline) -> None:
+    recipe = (workplace / "mine.yaml").read_text("utf-8")
+    replay = "{path: runs/mine/replay.jsonl, share: 0.2}"
+    (workplace / "mine.yaml").write_text(
+        recipe.replace("sources: [", f"sources: [{replay}, "), encoding="utf-8"
+    )
+
+    said = pipeline("check", "mine.yaml")
+
+    assert said.code == 2
+    assert said.err.endswith("runs/mine/replay.jsonl; run `pipeline replay` first\n")
+
+
+def test_rows_are_shown_and_dumped_and_warnings_may_be_failures(
+    workplace: Path, pipeline: Pipeline
+) -> None:
+    shown = pipeline("data", "mine.yaml", "--show", "1", "--dump", "rows.jsonl")
+    append(workplace / "chats.jsonl", conversation("twice?"))
+    append(workplace / "chats.jsonl", conversation("twice?"))
+    warned = pipeline("data", "mine.yaml")
+    strict = pipeline("data", "mine.yaml", "--strict")
+
+    assert shown.code == warned.code == 0
+    assert "<|im_start|>assistant" in shown.out
+    rows = [json.loads(line) for line in (workplace / "rows.jsonl").read_text().splitlines()]
+    report = json.loads((workplace / "runs" / "mine" / "data" / "report.json").read_text())
+    assert {row["part"] for row in rows} == {"train", "eval"}
+    assert len(rows) == report["train"]["rows"] + report["eval"]["rows"] - 2
+    assert "conversations that are copies of others: 1" in warned.out
+    assert strict.code == 3
+    assert strict.err.startswith("error: --strict: conversations that are copies of others: 1")
+    assert strict.err.count("\n") == 1
 
 
 def test_a_product_that_was_deleted_is_made_again(workplace: Path, pipeline: Pipeline) -> None:

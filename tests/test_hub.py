@@ -1,116 +1,17 @@
 """Bases from a hub: against a small server that speaks the hub's own routes."""
 
-import hashlib
-import json
-import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
+from fake_hub import COMMIT, OLDER, TOKEN, Hub, point_client, serving
 from huggingface_hub import constants
 
 from pipeline.base.checkpoint import SINGLE
 from pipeline.base.find import Base, find_base
 from pipeline.errors import BaseError
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-OLDER = "89abcdef0123456789abcdef0123456789abcdef"
-TOKEN = "hf_verySecretToken"
-
-
-@dataclass
-class Hub:
-    """What the server has, and what it was asked for."""
-
-    files: dict[str, dict[str, bytes]]
-    """Per commit, file name to bytes."""
-    refs: dict[str, str] = field(default_factory=lambda: {"main": COMMIT, "v1": OLDER})
-    url: str = ""
-    refusal: tuple[int, dict[str, str]] | None = None
-    """Status and headers every request is answered with, instead of what it asks for."""
-    cuts: int = 0
-    """How many more downloads of files larger than `cut_after` end there."""
-    cut_after: int = 100_000
-    asked: list[str] = field(default_factory=list)
-    ranges: list[str] = field(default_factory=list)
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: "HubServer"
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        hub, path = self.server.hub, unquote(urlsplit(self.path).path)
-        hub.asked.append(f"{self.command} {path}")
-        if hub.refusal:
-            return self._answer(hub.refusal[0], b"", hub.refusal[1])
-        api = re.fullmatch(r"/api/models/acme/tiny(?:/(revision|tree)/([^/]+))?", path)
-        if api:
-            return self._describe(api[1], api[2] or "main")
-        file = re.fullmatch(r"/acme/tiny/resolve/([^/]+)/(.+)", path)
-        content = hub.files.get(file[1], {}).get(file[2]) if file else None
-        if file is None or content is None:
-            return self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-        return self._send(content, {"ETag": f'"{etag(content)}"', "X-Repo-Commit": file[1]})
-
-    def _describe(self, what: str | None, revision: str) -> None:
-        hub = self.server.hub
-        commit = hub.refs.get(revision, revision)
-        if commit not in hub.files:
-            return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        files = hub.files[commit]
-        value: object = {"id": "acme/tiny", "sha": commit, "siblings": []}
-        if what == "tree":
-            value = [
-                {"type": "file", "path": name, "size": len(content), "oid": etag(content)}
-                for name, content in files.items()
-            ]
-        return self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    def _send(self, content: bytes, headers: dict[str, str]) -> None:
-        hub, status, wanted = self.server.hub, 200, self.headers.get("Range")
-        if wanted:
-            hub.ranges.append(wanted)
-            first = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
-            headers |= {"Content-Range": f"bytes {first}-{len(content) - 1}/{len(content)}"}
-            content, status = content[first:], 206
-        if self.command == "GET" and len(content) > hub.cut_after and hub.cuts:
-            hub.cuts -= 1
-            self._answer(status, content, headers, send=hub.cut_after)
-            self.close_connection = True
-        else:
-            self._answer(status, content, headers)
-
-    def _answer(
-        self, status: int, body: bytes, headers: dict[str, str], send: int | None = None
-    ) -> None:
-        self.send_response_only(HTTPStatus(status))
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body[:send])
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
-
-class HubServer(ThreadingHTTPServer):
-    hub: Hub
-
-
-def etag(content: bytes) -> str:
-    return hashlib.sha1(content).hexdigest()
 
 
 @pytest.fixture
@@ -119,26 +20,9 @@ def hub(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     files = {path.name: path.read_bytes() for path in tiny_base.iterdir()}
     files |= {"pytorch_model.bin": b"a pickle", "README.md": b"read me", "LICENSE": b"free"}
     older = files | {"LICENSE": b"older"}
-    with HubServer(("127.0.0.1", 0), Handler) as server:
-        server.hub = Hub({COMMIT: files, OLDER: older})
-        server.hub.url = f"http://127.0.0.1:{server.server_port}"
-        runner = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        runner.start()
-        point_client(monkeypatch, server.hub.url, tmp_path / "cache")
-        yield server.hub
-        server.shutdown()
-        runner.join()
-
-
-def point_client(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
-    """huggingface_hub reads its environment once, at import; set what it has read."""
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_ENDPOINT", url)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with serving(Hub("acme/tiny", {COMMIT: files, OLDER: older})) as running:
+        point_client(monkeypatch, running.url, tmp_path / "cache")
+        yield running
 
 
 def refused(base: str, revision: str | None = None) -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import Recipe, load_recipe, parse_recipe
+from pipeline.recipe import Recipe, Source, load_recipe, parse_recipe
 
 RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
 MINIMAL = "base: bases/tiny\ndata: {sources: [{path: a.jsonl}]}\n"
@@ -78,7 +78,6 @@ def test_all_faults_are_told_at_once(path: Path) -> None:
         "base",
         "bse",
         "data.max_tokens",
-        "data.sources.0.path",
         "data.sources.0.pth",
         "evaluate.diret",
         "train.method",
@@ -344,6 +343,7 @@ def test_the_schema_names_every_section_and_forbids_others() -> None:
         "export",
         "certify",
         "evaluate",
+        "replay",
     }
     assert schema["additionalProperties"] is False
     assert set(schema["required"]) == {"base", "data"}, "a recipe is named after its file"
@@ -375,9 +375,47 @@ def test_an_editor_finds_no_fault_with_the_recipes_here(path: Path) -> None:
 
 def test_an_editor_finds_a_misspelt_and_a_missing_key() -> None:
     schema = Recipe.model_json_schema()
-    values = {"base": "b", "data": {"sources": [{"pth": "a"}]}, "train": {"rnk": 1}}
+    values = {"base": "b", "data": {"source": [{"path": "a"}]}, "train": {"rnk": 1}}
 
-    assert set(faults(values, schema, schema["$defs"])) == {"pth", "path", "rnk"}
+    assert set(faults(values, schema, schema["$defs"])) == {"source", "sources", "rnk"}
+
+
+@pytest.mark.parametrize(
+    ("sources", "said"),
+    [
+        ([{}], "data.sources.0: give either path or hub"),
+        ([{"path": "a", "hub": "b/c"}], "data.sources.0: give either path or hub"),
+        ([{"path": "a", "split": "test"}], "data.sources.0: subset, split and revision are for"),
+        ([{"path": "a", "weight": 2, "share": 0.1}], "data.sources.0: give either weight or"),
+        ([{"path": "a", "share": 0.5}], "data: the sources' shares must leave something"),
+        (
+            [{"path": "a"}, {"path": "b", "share": 0.5}, {"path": "c", "share": 0.5}],
+            "data: the sources' shares must leave something",
+        ),
+        ([{"path": "a", "weight": 0}], "data.sources.0.weight: Input should be greater than 0"),
+        (
+            [{"path": "a", "format": "chatml"}],
+            "data.sources.0.format: Input should be 'messages', 'sharegpt'",
+        ),
+    ],
+)
+def test_sources_that_make_no_sense_are_refused(sources: list[Any], said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe({"name": "x", "base": "b", "data": {"sources": sources}}, "here")
+
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ({"path": "a/*.jsonl"}, "a/*.jsonl"),
+        ({"hub": "a/b"}, "a/b:train"),
+        ({"hub": "a/b", "subset": "c", "split": "d", "revision": "e"}, "a/b/c:d@e"),
+    ],
+)
+def test_a_source_has_a_name(source: dict[str, str], name: str) -> None:
+    assert Source(**source).name == name
 
 
 def test_values_without_a_name_are_no_recipe() -> None:

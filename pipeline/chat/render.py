@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import jinja2.ext
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
-from pipeline.chat.message import Message, Mode, prepare_message, reasoning_of
+from pipeline.chat.message import Message, Mode, prepare_message
 from pipeline.errors import BaseError, DataError
 
 END_OF_TURN = "<|im_end|>"
@@ -22,6 +23,7 @@ END_OF_TURN = "<|im_end|>"
 # as ESCAPE plus one character that says which literal it is, and becomes ordinary ids afterwards.
 _ESCAPE = "\U0010fffd"
 _FIRST_CODE = 0xE000
+_TURN_START = re.compile(r"(?<=<\|im_end\|>)(?=\s*<\|im_start\|>)")
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,16 @@ class Turn:
     """Through <|im_end|>, which is its last token."""
     prompt_ids: list[int]
     completion_ids: list[int]
+    control_ids: list[int]
+    """The control tokens that the template itself wrote, in order."""
     index: int
     """The assistant message's place in the conversation."""
     mode: Mode
+
+
+def mode_of(message: Message) -> Mode:
+    """The mode an assistant message was written in: thinking if it has reasoning, else direct."""
+    return "thinking" if prepare_message(message)["reasoning_content"] else "direct"
 
 
 class Chat:
@@ -51,6 +60,12 @@ class Chat:
         # Cut after its first character no literal is matched whole: none of these ids is control.
         self._literal_ids = [self._encode(t[:1]) + self._encode(t[1:]) for t in self._literals]
         self.end_of_turn_id = self.token_id(END_OF_TURN)
+        self._control = {token.content: token_id for token_id, token in added.items()}
+        self._control_pattern = re.compile("|".join(map(re.escape, self._control)))
+        self.control_ids = frozenset(added)
+        # A control token cuts a text whatever stands around it, so turns are encoded one by one;
+        # the rows of one conversation, and those of one system prompt, have most turns in common.
+        self._segment_ids = lru_cache(maxsize=512)(self._encode_segment)
 
     def token_id(self, token: str) -> int:
         """The id of one token of the vocabulary; BaseError if it is not a single token."""
@@ -81,7 +96,17 @@ class Chat:
     def encode(self, rendered: str) -> list[int]:
         """Ids of a rendered text; control tokens of the template are single ids."""
         ids: list[int] = []
-        first, *rest = rendered.split(_ESCAPE)
+        for segment in _TURN_START.split(rendered):
+            ids += self._segment_ids(segment)
+        return ids
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of a plain text that no template has seen; its literal control tokens stay text."""
+        return self.encode(self._escape(text))
+
+    def _encode_segment(self, segment: str) -> list[int]:
+        ids: list[int] = []
+        first, *rest = segment.split(_ESCAPE)
         ids += self._encode(first)
         for piece in rest:
             ids += self._literal_ids[ord(piece[0]) - _FIRST_CODE]
@@ -105,33 +130,46 @@ class Chat:
         return self.encode(self.render(messages, tools, mode))
 
     def turns(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> Iterator[Turn]:
-        """Each assistant turn as inference would meet it (design law 1).
+        """Each assistant turn as inference would meet it, in its own mode: see `turn`.
 
-        The prompt is the official render of everything before the turn, with the generation prompt
-        of the turn's own mode: thinking if it has reasoning, else direct. The completion is what
-        the official render of the turn adds to that. A turn before any user turn is context only.
-        Raises DataError where the template's text does not begin with its own prompt.
+        A turn before any user turn is context only.
         """
         asked = False
         for index, message in enumerate(messages):
             asked = asked or message["role"] == "user"
-            if message["role"] != "assistant" or not asked:
-                continue
-            mode: Mode = "thinking" if reasoning_of(message).strip() else "direct"
-            prompt = self.render(messages[:index], tools, mode)
-            full = self.render(messages[: index + 1], tools, None)
-            if not full.startswith(prompt):
-                raise DataError(f"message {index}: the template does not continue its own prompt")
-            completion, end, _ = full[len(prompt) :].partition(END_OF_TURN)
-            completion += end
-            yield Turn(
-                self.show(prompt),
-                self.show(completion),
-                self.encode(prompt),
-                self.encode(completion),
-                index,
-                mode,
-            )
+            if message["role"] == "assistant" and asked:
+                yield self.turn(messages, tools, index)
+
+    def turn(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        index: int,
+        mode: Mode | None = None,
+    ) -> Turn:
+        """One assistant turn as inference would meet it (design law 1).
+
+        The prompt is the official render of everything before the turn, with the generation prompt
+        of `mode`, by default the turn's own: thinking if it has reasoning, else direct. The
+        completion is what the official render of the turn adds to that.
+        Raises DataError where the template's text does not begin with its own prompt.
+        """
+        mode = mode or mode_of(messages[index])
+        prompt = self.render(messages[:index], tools, mode)
+        full = self.render(messages[: index + 1], tools, None)
+        if not full.startswith(prompt):
+            raise DataError(f"message {index}: the template does not continue its own prompt")
+        completion, end, _ = full[len(prompt) :].partition(END_OF_TURN)
+        completion += end
+        return Turn(
+            self.show(prompt),
+            self.show(completion),
+            self.encode(prompt),
+            self.encode(completion),
+            [self._control[t] for t in self._control_pattern.findall(prompt + completion)],
+            index,
+            mode,
+        )
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)

@@ -152,7 +152,7 @@ class LlamaCpp:
         seed = _RANDOM_SEED if sampling.seed is None else sampling.seed % _RANDOM_SEED
         return {
             "prompt": list(prompt_ids),
-            "cache_prompt": True,
+            "cache_prompt": not sampling.is_repeatable,
             "return_tokens": True,
             # So that every event says how much of the prompt was cached, not the last one alone.
             "timings_per_token": True,

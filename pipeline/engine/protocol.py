@@ -2,9 +2,16 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
+
+from pipeline.chat import Mode
 
 Finish = Literal["stop", "length"]
+# Qwen's own recommendation for each mode: fields of a Sampling.
+RECOMMENDED: dict[Mode, dict[str, Any]] = {
+    "thinking": {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0},
+    "direct": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0},
+}
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,9 @@ class Sampling:
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    is_repeatable: bool = False
+    """Compute the whole prompt anew: what is left in the engine's cache of earlier prompts is
+    rounded differently, so a reply would depend on what was asked before it."""
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.chat import Mode
-from pipeline.engine.protocol import Sampling
+from pipeline.engine.protocol import RECOMMENDED, Sampling
 from pipeline.errors import DataError, RequestError
 from pipeline.serve.catalog import Served
 from pipeline.serve.request import HARMLESS, READ_OF_MESSAGES, ChatRequest, Reasoning
 
-# Qwen's own recommendation for each mode; a model asked for nothing in particular gets these.
-_DEFAULTS: dict[Mode, dict[str, Any]] = {
-    "thinking": {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0},
-    "direct": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0},
-}
 _SAMPLING = (
     "temperature",
     "top_p",
@@ -178,7 +173,7 @@ def _max_tokens(request: ChatRequest, served: Served, num_prompt_tokens: int) ->
 def _sampling(request: ChatRequest, mode: Mode, max_tokens: int) -> Sampling:
     given = {name: getattr(request, name) for name in _SAMPLING}
     given = {name: value for name, value in given.items() if value is not None}
-    return Sampling(max_tokens=max_tokens, **{**_DEFAULTS[mode], **given})
+    return Sampling(max_tokens=max_tokens, **{**RECOMMENDED[mode], **given})
 
 
 def _ignored(request: ChatRequest, mode: Mode) -> list[str]:

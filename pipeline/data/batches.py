@@ -1,0 +1,222 @@
+"""Records to rows in batches, side by side in several processes, in the order of the files."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.chat import Chat, reasoning_of, text_of
+from pipeline.data.conversation import Conversation, Document, Pair, Record, Sample, source_of
+from pipeline.data.duplicates import Fingerprint, fingerprint
+from pipeline.data.formats import parse
+from pipeline.data.mix import draw
+from pipeline.data.notes import Notes
+from pipeline.data.rows import PairRow, Row, make_pair_rows, make_rows, make_text_rows
+from pipeline.data.secrets import find_secrets
+from pipeline.data.store import PAIRS, ROWS, to_batch
+from pipeline.data.tally import Tally
+from pipeline.errors import DataError
+from pipeline.recipe import Data, Format
+from pipeline.tree import count_tree_tokens
+
+IN_PROCESS = 4
+"""So many batches are made here first: a process of its own takes longer to start than they do."""
+STEP_ROWS = 16
+"""How many rows are taken to share a beginning, for the estimate of an epoch's tokens."""
+MAX_PROCESSES = 8
+"""More would wait for the one that reads and writes."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some records of one source, and what is to become of them."""
+
+    records: list[Record | DataError]
+    form: Format | None
+    """None where no record has been read yet, only faults."""
+    weight: float
+    held: bool | None
+    """Whether all of them are held out, or none; None leaves it to data.eval.share."""
+
+
+@dataclass
+class Part:
+    """What a batch adds to the training or to the held-out part."""
+
+    rows: list[Row] = field(default_factory=list)
+    pairs: list[PairRow] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+
+
+@dataclass
+class Batch:
+    """What some records have become."""
+
+    train: pa.RecordBatch
+    held: pa.RecordBatch
+    train_pairs: pa.RecordBatch
+    held_pairs: pa.RecordBatch
+    train_tally: Tally
+    held_tally: Tally
+    tree_tokens: int
+    """Of the training rows, with the beginnings shared that a step's rows have in common."""
+    notes: Notes
+    fingerprints: list[Fingerprint]
+    secrets: list[tuple[str, str]]
+    """Kind and place of each."""
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes batches: all that is needed to make rows of records."""
+
+    data: Data
+    seed: int
+    chat: Chat
+
+    def make(self, job: Job) -> Batch:
+        """A batch; raises the DataError of the first record that is at fault under `refuse`."""
+        notes, train, held = Notes(), Part(), Part()
+        fingerprints, secrets = [], []
+        for record in job.records:
+            try:
+                sample = _parse(record, job.form)
+                is_held = self._is_held(sample, job)
+                copies = 1 if is_held else self._num_copies(sample, job.weight)
+                self._add(sample, held if is_held else train, copies, notes)
+            except DataError as error:
+                if self.data.invalid == "refuse":
+                    raise
+                notes.add("invalid", str(error))
+                continue
+            if copies:
+                fingerprints.append(fingerprint(sample, is_held))
+                kinds = (kind for text in _texts(sample) for kind in find_secrets(text))
+                secrets += [(kind, source_of(sample)) for kind in kinds]
+        ids = [(row.prompt_ids, row.completion_ids) for row in train.rows]
+        steps = range(0, len(ids), STEP_ROWS)
+        return Batch(
+            to_batch(train.rows, ROWS),
+            to_batch(held.rows, ROWS),
+            to_batch(train.pairs, PAIRS),
+            to_batch(held.pairs, PAIRS),
+            train.tally,
+            held.tally,
+            sum(count_tree_tokens(ids[start : start + STEP_ROWS]) for start in steps),
+            notes,
+            fingerprints,
+            secrets,
+        )
+
+    def _add(self, sample: Sample, part: Part, copies: int, notes: Notes) -> None:
+        """Make a sample's rows and count them, `copies` times."""
+        rows: list[Row] = []
+        if isinstance(sample, Pair):
+            part.pairs += make_pair_rows(sample, self.chat, self.data, notes) * copies
+            part.tally.counts["pairs"] += copies
+        elif isinstance(sample, Document):
+            rows = make_text_rows(sample, self.chat, self.data, notes)
+        else:
+            rows = make_rows(sample, self.chat, self.data, self.seed, notes)
+            part.tally.add_conversation(sample, copies)
+        part.tally.counts["conversations"] += copies
+        for row in rows:
+            part.tally.add_row(row, copies, isinstance(sample, Conversation) and bool(sample.tools))
+        part.rows += rows * copies
+
+    def _is_held(self, sample: Sample, job: Job) -> bool:
+        if job.held is not None:
+            return job.held
+        return draw(self.seed, "held", _content(sample)) < (self.data.eval.share or 0)
+
+    def _num_copies(self, sample: Sample, weight: float) -> int:
+        whole, part = divmod(weight, 1)
+        return int(whole) + (part > 0 and draw(self.seed, "copies", _content(sample)) < part)
+
+
+def make_batches(jobs: Iterator[Job], data: Data, seed: int, base: Path) -> Iterator[Batch]:
+    """Batches of jobs, in their order; raises what the first failing job raises.
+
+    A few batches are made in this process, the others in one for each core, a few at a time, so
+    that memory does not grow with the number of records.
+    """
+    maker = Maker(data, seed, Chat(base))
+    for job in islice(jobs, IN_PROCESS):
+        yield maker.make(job)
+    first = next(jobs, None)
+    if first is None:
+        return
+    num_processes = min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+    context = multiprocessing.get_context("spawn")  # tokenizers' threads do not survive a fork
+    with ProcessPoolExecutor(num_processes, context, _start, (data, seed, base)) as pool:
+        waiting: deque[Future[Batch]] = deque([pool.submit(_make, first)])
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(_make, job))
+                if len(waiting) > 2 * num_processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+_maker: Maker | None = None  # of a worker process: it lives as long as the process
+
+
+def _start(data: Data, seed: int, base: Path) -> None:
+    """Set a worker process up: it ends with its parent, and Ctrl-C is the parent's to answer."""
+    global _maker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _maker = Maker(data, seed, Chat(base))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _make(job: Job) -> Batch:
+    assert _maker is not None
+    return _maker.make(job)
+
+
+def _parse(record: Record | DataError, form: Format | None) -> Sample:
+    if isinstance(record, DataError):
+        raise record
+    assert form is not None
+    return parse(record, form)
+
+
+def _content(sample: Sample) -> list[object]:
+    if isinstance(sample, Conversation):
+        return [sample.messages, sample.tools]
+    if isinstance(sample, Pair):
+        return [sample.messages, sample.tools, sample.chosen, sample.rejected]
+    return [sample.text]
+
+
+def _texts(sample: Sample) -> Iterator[str]:
+    """Every text a model would see of it, one by one, but for tool schemas."""
+    if isinstance(sample, Document):
+        yield sample.text
+        return
+    messages = list(sample.messages)
+    if isinstance(sample, Pair):
+        messages += [*sample.chosen, *sample.rejected]
+    for message in messages:
+        yield text_of(message.get("content"))
+        yield reasoning_of(message) or ""
+        for call in message.get("tool_calls") or ():
+            yield str(call.get("function", call).get("arguments"))

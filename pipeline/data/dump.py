@@ -1,0 +1,36 @@
+"""Rows as JSON lines, for anyone who wants to check them from outside."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.data.store import read_rows
+from pipeline.errors import RunError
+
+IGNORED = -100
+"""The label of a token that is not trained."""
+
+
+def dump_rows(parts: Mapping[str, Path], out: Path) -> None:
+    """Write every row of some files under their part's name; RunError if it cannot be written.
+
+    A line has `input_ids`, `labels` of the same length, `source` as path:line, `turn`, `mode` and
+    `part`. A label stands at its token's own place: nothing is shifted.
+    """
+    temporary = out.with_name(out.name + ".partial")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for part, path in parts.items():
+                for row in read_rows(path):
+                    line = {
+                        "input_ids": row.prompt_ids + row.completion_ids,
+                        "labels": [IGNORED] * len(row.prompt_ids) + row.completion_ids,
+                        "source": row.source,
+                        "turn": row.turn,
+                        "mode": row.mode,
+                        "part": part,
+                    }
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        temporary.replace(out)
+    except OSError as error:
+        raise RunError(f"{out} cannot be written: {error.strerror}") from error

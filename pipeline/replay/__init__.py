@@ -1,0 +1,1 @@
+"""Self-distilled replay: the base answers general prompts, and what is sound becomes a source."""

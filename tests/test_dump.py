@@ -1,0 +1,54 @@
+"""The dump: what a stranger needs to check rows from outside."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.dump import dump_rows
+from pipeline.data.rows import Row
+from pipeline.data.store import write_rows
+from pipeline.errors import RunError
+
+ROWS = [
+    Row([1, 2], [3, 4], "über.jsonl:1", 3, "thinking"),
+    Row([], [5], "texts.jsonl:2", 0, "text"),
+]
+
+
+def test_every_row_of_every_part_is_a_line(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.arrow", ROWS)
+    write_rows(tmp_path / "eval.arrow", ROWS[:1])
+    out = tmp_path / "rows.jsonl"
+
+    dump_rows({"train": tmp_path / "train.arrow", "eval": tmp_path / "eval.arrow"}, out)
+
+    first = {
+        "input_ids": [1, 2, 3, 4],
+        "labels": [-100, -100, 3, 4],
+        "source": "über.jsonl:1",
+        "turn": 3,
+        "mode": "thinking",
+    }
+    second = {
+        "input_ids": [5],
+        "labels": [5],
+        "source": "texts.jsonl:2",
+        "turn": 0,
+        "mode": "text",
+    }
+    lines = out.read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [
+        first | {"part": "train"},
+        second | {"part": "train"},
+        first | {"part": "eval"},
+    ]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.arrow", ROWS)
+    out = tmp_path / "none" / "rows.jsonl"
+
+    with pytest.raises(RunError, match=f"^{out} cannot be written: No such file or directory$"):
+        dump_rows({"train": tmp_path / "train.arrow"}, out)

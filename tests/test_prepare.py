@@ -1,0 +1,398 @@
+"""The data stage: what lies on disk is what the report says, or nothing does."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.data import inputs
+from pipeline.data.prepare import prepare
+from pipeline.data.store import read_rows, write_rows
+from pipeline.errors import DataError, RunError
+from pipeline.recipe import Data
+from pipeline.run import read_json
+
+USER = {"role": "user", "content": "How much is 1+1?"}
+DIRECT = {"role": "assistant", "content": "2"}
+THOUGHT = {"role": "assistant", "content": "2", "reasoning": "One and one."}
+FINE = json.dumps({"messages": [USER, DIRECT]})
+
+
+def row(*messages: Any, **more: Any) -> str:
+    return json.dumps({"messages": messages, **more})
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def settings(*sources: Path, **more: Any) -> Data:
+    return Data(sources=[{"path": str(source)} for source in sources], **more)
+
+
+def numbered(path: Path, size: int, start: int = 0) -> Path:
+    """A file of conversations that differ."""
+    return write(
+        path,
+        *(
+            row({"role": "user", "content": f"Say {i}."}, DIRECT if i % 2 else THOUGHT)
+            for i in range(start, start + size)
+        ),
+    )
+
+
+def keyed(path: Path) -> set[str]:
+    """The rows of a file by their ids alone."""
+    return {f"{row.prompt_ids}{row.completion_ids}" for row in read_rows(path)}
+
+
+def test_the_report_adds_up_to_the_rows_on_disk(chat_folder: Path, tmp_path: Path) -> None:
+    source = numbered(tmp_path / "chats.jsonl", 60)
+    out = tmp_path / "data"
+
+    report = prepare(settings(source, eval={"share": 0.3}), chat_folder, 42, out)
+
+    assert read_json(out / "report.json") == report
+    assert report["noted"] == {}
+    for part in ("train", "eval"):
+        rows = list(read_rows(out / f"{part}.arrow"))
+        sizes = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
+        assert report[part] == {
+            "conversations": len(rows),
+            "rows": len(rows),
+            "thinking_rows": sum(row.mode == "thinking" for row in rows),
+            "direct_rows": sum(row.mode == "direct" for row in rows),
+            "prompt_tokens": sum(len(row.prompt_ids) for row in rows),
+            "supervised_tokens": sum(len(row.completion_ids) for row in rows),
+            "longest_row": max(sizes),
+        }
+        assert report[f"{part}_sha256"] == write_rows(tmp_path / "again.arrow", rows)
+    assert report["train"]["rows"] + report["eval"]["rows"] == 60
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "again.arrow",
+        "chats.jsonl",
+        "data",
+    ]
+
+
+def test_a_share_is_held_out_by_content_wherever_it_stands(
+    chat_folder: Path, tmp_path: Path
+) -> None:
+    whole = numbered(tmp_path / "whole.jsonl", 40)
+    lines = whole.read_text("utf-8").splitlines()
+    first = write(tmp_path / "first.jsonl", *reversed(lines[:25]))
+    second = write(tmp_path / "second.jsonl", *lines[20:])
+    held = {"share": 0.4}
+
+    one, two, other = (tmp_path / name for name in ("one", "two", "other"))
+    prepare(settings(whole, eval=held), chat_folder, 42, one)
+    prepare(settings(first, second, eval=held), chat_folder, 42, two)
+    prepare(settings(whole, eval=held), chat_folder, 43, other)
+
+    train, kept = keyed(one / "train.arrow"), keyed(one / "eval.arrow")
+    assert len(train) + len(kept) == 40
+    assert train.isdisjoint(kept)
+    assert (keyed(two / "train.arrow"), keyed(two / "eval.arrow")) == (train, kept)
+    assert keyed(other / "eval.arrow") != kept
+
+
+def test_preparing_twice_gives_the_same_bytes(chat_folder: Path, tmp_path: Path) -> None:
+    data = settings(numbered(tmp_path / "chats.jsonl", 20), eval={"share": 0.4})
+
+    reports = [prepare(data, chat_folder, 42, tmp_path / name) for name in ("one", "two")]
+
+    assert reports[0] == reports[1]
+    for name in ("train.arrow", "eval.arrow", "report.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_held_out_rows_may_come_from_a_file_of_their_own(chat_folder: Path, tmp_path: Path) -> None:
+    source = numbered(tmp_path / "chats.jsonl", 6)
+    held = numbered(tmp_path / "held.jsonl", 4, start=100)
+    out = tmp_path / "data"
+
+    report = prepare(settings(source, eval={"path": str(held)}), chat_folder, 42, out)
+
+    assert (report["train"]["rows"], report["eval"]["rows"]) == (6, 4)
+    assert {row.source for row in read_rows(out / "eval.arrow")} == {
+        f"{held}:{line}" for line in range(1, 5)
+    }
+
+
+def test_a_cap_takes_conversations_from_the_top(chat_folder: Path, tmp_path: Path) -> None:
+    source = numbered(tmp_path / "chats.jsonl", 9)
+    held = numbered(tmp_path / "held.jsonl", 1, start=100)
+    data = Data(sources=[{"path": str(source), "cap": 2}], eval={"path": str(held)})
+
+    prepare(data, chat_folder, 42, tmp_path / "data")
+
+    sources = [row.source for row in read_rows(tmp_path / "data" / "train.arrow")]
+    assert sources == [f"{source}:1", f"{source}:2"]
+
+
+def test_invalid_conversations_are_dropped_and_counted_where_the_recipe_says_so(
+    chat_folder: Path, tmp_path: Path
+) -> None:
+    source = numbered(tmp_path / "chats.jsonl", 20)
+    system_only = row({"role": "system", "content": "x"}, DIRECT)
+    source.write_text(f"{system_only}\nbroken\n{source.read_text('utf-8')}{row(USER)}\n")
+    data = settings(source, eval={"share": 0.3}, invalid="drop")
+
+    report = prepare(data, chat_folder, 42, tmp_path / "data")
+
+    assert report["train"]["rows"] + report["eval"]["rows"] == 20
+    assert report["noted"] == {"invalid": 3}
+    assert [sentence.partition(": ")[0] for sentence in report["examples"]["invalid"]] == [
+        f"{source}:{line}" for line in (1, 2, 23)
+    ]
+    assert "conversations dropped as invalid: 3" in report["warnings"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "more", "said"),
+    [
+        ([FINE, "broken"], {}, "{source}:2: not JSON"),
+        ([FINE, row({"role": "system", "content": "x"}, DIRECT)], {}, "{source}:2: no assistant"),
+        (
+            [FINE],
+            {"max_tokens": 2},
+            "no row is left to train on: {source}:1: message 1: the row has",
+        ),
+        ([FINE], {"thinking": "always"}, "no row is left to train on"),
+        (["broken"], {"invalid": "drop"}, "no row is left to train on"),
+        ([FINE], {"eval": {"share": 1e-9}}, "no row is held out; name data.eval.path"),
+        ([FINE], {"eval": {"path": "none.jsonl"}}, "none.jsonl is missing"),
+    ],
+)
+def test_a_refusal_leaves_nothing_and_keeps_what_was_there(
+    chat_folder: Path, tmp_path: Path, lines: list[str], more: dict[str, Any], said: str
+) -> None:
+    source = write(tmp_path / "chats.jsonl", *lines)
+    out, older = tmp_path / "data", tmp_path / "older"
+    older.mkdir()
+    (older / "report.json").write_text("older")
+
+    for folder in (out, older):
+        with pytest.raises(DataError) as caught:
+            prepare(settings(source, **more), chat_folder, 42, folder)
+        assert str(caught.value).startswith(said.format(source=source))
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chats.jsonl", "older"]
+    assert [path.name for path in older.iterdir()] == ["report.json"]
+    assert (older / "report.json").read_text() == "older"
+
+
+def test_an_older_folder_is_replaced_whole(chat_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    out.mkdir()
+    (out / "leftover").write_text("x")
+
+    source = numbered(tmp_path / "chats.jsonl", 20)
+    prepare(settings(source, eval={"share": 0.4}), chat_folder, 42, out)
+
+    assert sorted(path.name for path in out.iterdir()) == [
+        "eval.arrow",
+        "eval_pairs.arrow",
+        "report.json",
+        "train.arrow",
+        "train_pairs.arrow",
+    ]
+
+
+def test_a_place_that_cannot_be_written_is_named(chat_folder: Path, tmp_path: Path) -> None:
+    source = numbered(tmp_path / "chats.jsonl", 20)
+
+    with pytest.raises(RunError, match=f"{source}/data cannot be written: Not a directory"):
+        prepare(settings(source), chat_folder, 42, source / "data")
+
+
+def sources_of(path: Path) -> list[str]:
+    return [row.source for row in read_rows(path)]
+
+
+def test_a_weight_says_how_often_a_conversation_is_trained(
+    chat_folder: Path, tmp_path: Path
+) -> None:
+    whole = numbered(tmp_path / "whole.jsonl", 40)
+    half = numbered(tmp_path / "half.jsonl", 200, start=100)
+    held = numbered(tmp_path / "held.jsonl", 4, start=1000)
+    data = Data(
+        sources=[{"path": str(whole), "weight": 2}, {"path": str(half), "weight": 0.5}],
+        eval={"path": str(held)},
+    )
+
+    report = prepare(data, chat_folder, 42, tmp_path / "data")
+    prepare(data, chat_folder, 43, tmp_path / "other")
+
+    counts = Counter(sources_of(tmp_path / "data" / "train.arrow"))
+    assert [counts[f"{whole}:{line}"] for line in range(1, 41)] == [2] * 40
+    halves = [counts[f"{half}:{line}"] for line in range(1, 201)]
+    assert set(halves) == {0, 1}
+    assert 70 < sum(halves) < 130
+    assert report["train"]["rows"] == 80 + sum(halves)
+    assert report["duplicates"]["exact"] == 0
+    assert counts != Counter(sources_of(tmp_path / "other" / "train.arrow"))
+
+
+def test_a_share_is_of_all_conversations(chat_folder: Path, tmp_path: Path) -> None:
+    own = numbered(tmp_path / "own.jsonl", 300)
+    replay = numbered(tmp_path / "replay.jsonl", 1000, start=1000)
+    rare = numbered(tmp_path / "rare.jsonl", 10, start=5000)
+    held = numbered(tmp_path / "held.jsonl", 4, start=9000)
+    data = Data(
+        sources=[
+            {"path": str(own)},
+            {"path": str(replay), "share": 0.3},
+            {"path": str(rare), "share": 0.1},
+        ],
+        eval={"path": str(held)},
+    )
+
+    prepare(data, chat_folder, 42, tmp_path / "data")
+
+    counts = Counter(s.rpartition(":")[0] for s in sources_of(tmp_path / "data" / "train.arrow"))
+    assert (counts[str(own)], counts[str(rare)]) == (300, 50)
+    assert 120 < counts[str(replay)] < 180
+
+
+def test_every_format_and_kind_of_file_goes_into_one_run(chat_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    numbered(folder / "a.jsonl", 3)
+    numbered(folder / "b.jsonl", 3, start=3)
+    alpaca = tmp_path / "alpaca.csv"
+    alpaca.write_text("instruction,input,output\nAdd.,1+1,2\nAdd.,2+2,4\n")
+    pairs = write(
+        tmp_path / "pairs.json",
+        json.dumps([{"prompt": "1+1?", "chosen": "2", "rejected": str(i)} for i in (3, 4)]),
+    )
+    texts = write(tmp_path / "texts.jsonl", json.dumps({"text": "A text of its own."}))
+    held = numbered(tmp_path / "held.jsonl", 4, start=1000)
+
+    report = prepare(
+        settings(folder, alpaca, pairs, texts, eval={"path": str(held)}),
+        chat_folder,
+        42,
+        tmp_path / "data",
+    )
+
+    assert [
+        (s["format"], s["files"], s["conversations"], s["part"]) for s in report["sources"]
+    ] == [
+        ("messages", 2, 6, "train"),
+        ("alpaca", 1, 2, "train"),
+        ("preference", 1, 2, "train"),
+        ("text", 1, 1, "train"),
+        ("messages", 1, 4, "eval"),
+    ]
+    assert report["train"]["rows"] == 9
+    assert report["train"]["text_rows"] == 1
+    assert report["train"]["pairs"] == 2
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
+        "eval.arrow",
+        "eval_pairs.arrow",
+        "report.json",
+        "train.arrow",
+        "train_pairs.arrow",
+    ]
+
+
+def test_a_record_of_another_format_than_its_source_is_refused(
+    chat_folder: Path, tmp_path: Path
+) -> None:
+    mixed = write(tmp_path / "mixed.jsonl", FINE, json.dumps({"instruction": "x", "output": "y"}))
+
+    with pytest.raises(DataError, match=f"^{mixed}:2: ") as caught:
+        prepare(settings(mixed), chat_folder, 42, tmp_path / "data")
+
+    assert "alpaca" in str(caught.value)
+
+
+def test_a_format_may_be_named(chat_folder: Path, tmp_path: Path) -> None:
+    both = ({"messages": [USER, DIRECT], "text": f"Only text {i}."} for i in range(30))
+    source = write(tmp_path / "both.jsonl", *map(json.dumps, both))
+    data = Data(sources=[{"path": str(source), "format": "text"}], eval={"share": 0.3})
+
+    report = prepare(data, chat_folder, 42, tmp_path / "data")
+
+    assert report["train"]["text_rows"] == report["train"]["rows"] > 0
+
+
+@pytest.mark.slow
+def test_rows_made_in_several_processes_are_those_made_in_one(
+    chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = numbered(tmp_path / "chats.jsonl", 60)
+    source.write_text(source.read_text() + "broken\n" + row(USER) + "\n")
+    data = settings(source, eval={"share": 0.3}, invalid="drop", soft_switches=0.5)
+    alone = prepare(data, chat_folder, 42, tmp_path / "alone")
+    monkeypatch.setattr(inputs, "RECORDS", 7)
+
+    together = prepare(data, chat_folder, 42, tmp_path / "together")
+
+    changed = {"epoch"}  # rows are estimated to share beginnings within a batch
+    assert {k: v for k, v in together.items() if k not in changed} == {
+        k: v for k, v in alone.items() if k not in changed
+    }
+    for name in ("train.arrow", "eval.arrow"):
+        assert list(read_rows(tmp_path / "together" / name)) == list(
+            read_rows(tmp_path / "alone" / name)
+        )
+    with pytest.raises(DataError, match=f"^{source}:61: not JSON"):
+        prepare(
+            data.model_copy(update={"invalid": "refuse"}), chat_folder, 42, tmp_path / "refused"
+        )
+    assert not list(tmp_path.glob("refused*"))
+
+
+def test_what_is_probably_not_meant_is_a_warning(chat_folder: Path, tmp_path: Path) -> None:
+    talk = row(USER | {"name": "Ann"}, {"role": "assistant", "content": "It is </think>."})
+    source = write(tmp_path / "chats.jsonl", FINE, FINE, talk, row(USER, {**DIRECT, "x": 1}))
+    held = write(tmp_path / "held.jsonl", FINE)
+
+    report = prepare(settings(source, eval={"path": str(held)}), chat_folder, 42, tmp_path / "data")
+    unthinking = prepare(
+        settings(source, eval={"path": str(held)}, thinking="never"),
+        chat_folder,
+        42,
+        tmp_path / "never",
+    )
+
+    assert [warning.partition(":")[0] for warning in report["warnings"]] == [
+        "answers with a literal tag of the dialogue in their text",
+        "messages with a name, which the template has no place for",
+        "conversations that are copies of others",
+        "held-out conversations that are also trained on",
+        "no row in thinking mode, so the model may forget how to think (mix in what `pipeline "
+        "replay` writes, or set data.thinking=never); rows in direct mode",
+    ]
+    assert unthinking["warnings"] == report["warnings"][:-1]
+
+
+def test_secrets_are_found_in_everything_a_model_would_see(
+    chat_folder: Path, tmp_path: Path
+) -> None:
+    key = "sk-" + "a8Kd93jfKs0Qmv82" * 2
+    call = {"function": {"name": "f", "arguments": {"key": key}}}
+    talks = [
+        row(USER | {"content": f"My key is {key}."}, DIRECT),
+        row({"role": "system", "content": f"Use {key}."}, USER, DIRECT),
+        row(USER, THOUGHT | {"reasoning": f"They gave {key}."}),
+        row(USER, {"role": "assistant", "tool_calls": [call]}),
+        row(USER, DIRECT),
+    ]
+    source = write(tmp_path / "chats.jsonl", *talks)
+    held = write(tmp_path / "held.jsonl", row(USER, THOUGHT))
+
+    report = prepare(settings(source, eval={"path": str(held)}), chat_folder, 42, tmp_path / "data")
+
+    assert report["secrets"] == {
+        "OpenAI-style key": {
+            "count": 4,
+            "examples": [f"{source}:{line}" for line in range(1, 5)],
+        }
+    }
+    assert key not in json.dumps(report)
