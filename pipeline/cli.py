@@ -423,10 +423,11 @@ def _stage(name: str, context: Context, work: Callable[[Context], None]) -> None
         return
     if changed:
         say(f"{name}: {', '.join(changed)} changed since it ran; running it again")
-    run.forget(name)
-    write_json(run.recipe, context.recipe.model_dump(mode="json"))
-    work(context)
-    run.record(name, inputs, products)
+    with run.locked():
+        run.forget(name)
+        write_json(run.recipe, context.recipe.model_dump(mode="json"))
+        work(context)
+        run.record(name, inputs, products)
     say(str(products[0]))
 
 
@@ -436,6 +437,11 @@ def _say_scores(scores: dict[str, Any]) -> None:
         before, after = scores["before"][mode], scores["after"][mode]
         for key, width in (("correct", f"{mode:10}"), ("well_formed", "")):
             say(f"{width}{before[key]:>12.1%} ->{after[key]:>7.1%}", nl=key != "correct")
+
+
+def _printable(text: str) -> str:
+    """A sentence that quotes a file, without what would move the cursor or change the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def main() -> None:
@@ -450,7 +456,7 @@ def main() -> None:
     try:
         app()
     except PipelineError as error:
-        say(f"error: {error}", err=True)
+        say(f"error: {_printable(str(error))}", err=True)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]

@@ -46,7 +46,7 @@ Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "prefere
 class Source(Section):
     """Some files of conversations, or a data set on the hub."""
 
-    path: str | None = None
+    path: str | None = Field(default=None, min_length=1)
     """A file, a folder or a glob, relative to the current directory: .jsonl, .json, .csv or
     .parquet, each also with .gz or .zst after it."""
     hub: str | None = None
@@ -59,7 +59,7 @@ class Source(Section):
     """Branch, tag or commit of a hub data set."""
     format: Literal[Format, "auto"] = "auto"
     """How a conversation is written; auto goes by the keys of the first one."""
-    weight: PositiveFloat = 1.0
+    weight: float = Field(default=1.0, gt=0, le=100)
     """How often each conversation is trained in an epoch: 2 is twice, 0.5 a half of them, chosen by
     the seed."""
     share: float | None = Field(default=None, gt=0, lt=1)
@@ -94,7 +94,7 @@ class Source(Section):
 class Held(Section):
     """Rows kept out of training: for certificates."""
 
-    path: str | None = None
+    path: str | None = Field(default=None, min_length=1)
     """A file, folder or glob of its own."""
     share: float | None = Field(default=None, gt=0, lt=1)
     """Or this share of the conversations, chosen by the seed."""

@@ -1,6 +1,7 @@
 """Where one run's artefacts lie, and the manifest that says what each was made from."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -116,6 +117,25 @@ class Run:
     def evaluation(self) -> Path:
         """Scores before and after."""
         return self.folder / "evaluation.json"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other commands out of the folder; RunError if one is at work there already.
+
+        The lock ends with the process, however that ends.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / ".lock").open("w")
+        except OSError as error:
+            raise RunError(f"{self.folder} cannot be written: {error.strerror}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                what = f"another command is at work in {self.folder}; wait until it has ended"
+                raise RunError(what) from error
+            yield
 
     def stage(self, name: str) -> dict[str, Any] | None:
         """What the manifest says of a stage: its `inputs` and `outputs`; None if it never ran."""

@@ -66,7 +66,7 @@ def _hash_source(path: str) -> str:
     """
     try:
         return hash_file(Path(path))
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name no file can have
         return "missing"
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import uvicorn
+from hypothesis import settings
 from scripted import ScriptedEngine
 
 from pipeline.base.dialogue import write_byte_tokenizer
@@ -22,6 +23,10 @@ from pipeline.chat import Chat
 from pipeline.export import export_gguf
 from pipeline.serve.app import App
 from pipeline.serve.catalog import Catalog, Served
+
+
+settings.register_profile("no deadline", deadline=None)  # machines are shared: no timing decides
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")

@@ -247,8 +247,29 @@ def test_a_place_that_cannot_be_written_is_named(workplace: Path, pipeline: Pipe
     said = pipeline("data", "mine.yaml")
 
     assert said.code == 2
-    assert said.err.startswith("error: runs/mine/recipe.json cannot be written: ")
+    assert said.err.startswith("error: runs/mine cannot be written: ")
     assert said.err.count("\n") == 1
+
+
+def test_a_run_is_worked_on_by_one_command_at_a_time(workplace: Path, pipeline: Pipeline) -> None:
+    with Run(Path("runs/mine")).locked():
+        held = pipeline("data", "mine.yaml")
+    free = pipeline("data", "mine.yaml")
+
+    assert_one_sentence(held, "another command is at work in runs/mine; wait until it has ended")
+    assert free.code == 0
+
+
+def test_what_a_file_says_does_not_reach_the_terminal_raw(
+    workplace: Path, pipeline: Pipeline
+) -> None:
+    (workplace / "chats.jsonl").write_text(json.dumps({"\x1b[2J\x07": 1}) + "\n")
+
+    said = pipeline("data", "mine.yaml")
+
+    assert said.code == 2
+    assert "\\x1b[2J\\x07" in said.err
+    assert said.err.strip("\n").isprintable()
 
 
 @pytest.mark.usefixtures("workplace")

@@ -52,3 +52,16 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(RunError, match=f"^{out} cannot be written: No such file or directory$"):
         dump_rows({"train": tmp_path / "train.arrow"}, out)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "folder", "."])
+def test_nothing_is_ever_overwritten(tmp_path: Path, name: str) -> None:
+    write_rows(tmp_path / "train.arrow", ROWS)
+    (tmp_path / "rows.jsonl").write_text("precious")
+    (tmp_path / "folder").mkdir()
+
+    with pytest.raises(RunError, match="is there already"):
+        dump_rows({"train": tmp_path / "train.arrow"}, tmp_path / name)
+
+    assert (tmp_path / "rows.jsonl").read_text() == "precious"
+    assert not list(tmp_path.glob("*.partial"))

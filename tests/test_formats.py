@@ -222,6 +222,8 @@ def test_openais_older_names_for_tools_mean_todays() -> None:
     assert sample.tools == (TOOL,)
     assert sample.messages[1]["tool_calls"] == [{"type": "function", "function": call}]
     assert sample.messages[2] == {"role": "tool", "name": "f", "content": "2"}
+    both = asked | {"tool_calls": [CALL]}
+    assert messages_of(chat(USER, both), "messages") == [USER, both]
 
 
 def test_a_bare_schema_is_put_into_a_tool_as_clients_send_it() -> None:
@@ -562,13 +564,35 @@ def test_any_value_is_a_sample_or_one_sentence_at_its_place(
         assert len(said.splitlines()) == 1
 
 
-def test_values_nested_too_deeply_are_a_sentence() -> None:
-    deep: Any = "x"
+def nested() -> Any:
+    value: Any = "x"
     for _ in range(100_000):
-        deep = [deep]
+        value = [value]
+    return value
+
+
+def test_values_nested_too_deeply_are_a_sentence() -> None:
+    deep = nested()
 
     for form, value in FINE.items():
         for key in value:
             assert fault(value | {key: deep}, form)
-    pair = [[USER | {"x": json.loads("[" * 900 + "]" * 900)}, answer] for answer in (DIRECT, OTHER)]
-    assert parse(record(dict(zip(("chosen", "rejected"), pair, strict=True))), "preference")
+    pair = {"chosen": [USER | {"x": deep}, DIRECT], "rejected": [USER | {"x": nested()}, OTHER]}
+    assert fault(pair, "preference") == "it is nested too deeply"
+
+
+@pytest.mark.parametrize("arguments", ["null", "[]", "0", "false", '""', [], 0, False, "{"])
+def test_arguments_that_are_no_object_are_refused(arguments: Any) -> None:
+    call = {"function": {"name": "f", "arguments": arguments}}
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
+
+    with pytest.raises(DataError, match="a tool call's arguments are not a JSON object"):
+        parse(Record({"messages": messages}, Path("a.jsonl"), 1), "messages")
+
+
+@pytest.mark.parametrize("arguments", [None, "", "{}", {}])
+def test_arguments_may_be_left_out(arguments: Any) -> None:
+    call = {"function": {"name": "f", "arguments": arguments}}
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
+
+    assert parse(Record({"messages": messages}, Path("a.jsonl"), 1), "messages")

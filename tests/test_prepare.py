@@ -367,7 +367,7 @@ def test_what_is_probably_not_meant_is_a_warning(chat_folder: Path, tmp_path: Pa
         "conversations that are copies of others",
         "held-out conversations that are also trained on",
         "no row in thinking mode, so the model may forget how to think (mix in what `pipeline "
-        "replay` writes, or set data.thinking=never); rows in direct mode",
+        "replay` writes, or set data.thinking=never); rows",
     ]
     assert unthinking["warnings"] == report["warnings"][:-1]
 
@@ -396,3 +396,121 @@ def test_secrets_are_found_in_everything_a_model_would_see(
         }
     }
     assert key not in json.dumps(report)
+
+
+def test_a_conversation_in_two_sources_has_two_chances(chat_folder: Path, tmp_path: Path) -> None:
+    one = numbered(tmp_path / "one.jsonl", 200)
+    two = numbered(tmp_path / "two.jsonl", 200)
+    held = numbered(tmp_path / "held.jsonl", 4, start=1000)
+    sources = [{"path": str(path), "weight": 0.5} for path in (one, two)]
+
+    prepare(Data(sources=sources, eval={"path": str(held)}), chat_folder, 42, tmp_path / "data")
+
+    lines = Counter(s.rpartition(":")[2] for s in sources_of(tmp_path / "data" / "train.arrow"))
+    assert set(Counter(lines.values())) == {1, 2}
+
+
+def test_what_a_model_sees_alike_is_held_out_together(chat_folder: Path, tmp_path: Path) -> None:
+    def talk(i: int, call_id: str, arguments: Any) -> str:
+        call = {"id": call_id, "function": {"name": "f", "arguments": arguments}}
+        return row(
+            {"role": "user", "content": f"Call {i}."}, {"role": "assistant", "tool_calls": [call]}
+        )
+
+    source = write(
+        tmp_path / "chats.jsonl",
+        *(talk(i, "a", {"i": i}) for i in range(60)),
+        *(talk(i, "b", json.dumps({"i": i})) for i in range(60)),
+    )
+
+    report = prepare(settings(source, eval={"share": 0.4}), chat_folder, 42, tmp_path / "data")
+
+    assert report["overlap"]["exact"] == 0
+    assert report["duplicates"]["exact"] == 60
+
+
+def test_held_out_conversations_are_never_weighed(chat_folder: Path, tmp_path: Path) -> None:
+    source = numbered(tmp_path / "chats.jsonl", 60)
+    data = Data(sources=[{"path": str(source), "weight": 3}], eval={"share": 0.4})
+
+    report = prepare(data, chat_folder, 42, tmp_path / "data")
+
+    counts = {
+        part: Counter(sources_of(tmp_path / "data" / f"{part}.arrow")) for part in ("train", "eval")
+    }
+    assert set(counts["train"].values()) == {3}
+    assert set(counts["eval"].values()) == {1}
+    assert len(counts["train"]) + len(counts["eval"]) == 60
+    train = report["train"]
+    assert train["conversations"] == train["rows"] == 3 * len(counts["train"])
+    for histogram in report["histograms"]["train"].values():
+        assert sum(histogram.values()) == train["rows"]
+
+
+def test_what_is_not_trained_is_not_counted(chat_folder: Path, tmp_path: Path) -> None:
+    """A weight of almost nothing leaves all of a source out, however long its rows are."""
+    source = numbered(tmp_path / "chats.jsonl", 5)
+    long = write(
+        tmp_path / "long.jsonl", row({"role": "user", "content": "x" * 3000, "name": "Al"}, DIRECT)
+    )
+    held = numbered(tmp_path / "held.jsonl", 4, start=1000)
+    data = Data(
+        sources=[{"path": str(source)}, {"path": str(long), "weight": 1e-9}],
+        eval={"path": str(held)},
+    )
+
+    report = prepare(data, chat_folder, 42, tmp_path / "data")
+
+    assert report["train"]["longest_row"] < 1000
+    assert report["train"]["conversations"] == 5
+    assert report["noted"] == {}
+
+
+def test_a_conversation_without_a_row_is_not_counted(chat_folder: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "chats.jsonl", FINE, row(USER, {**DIRECT, "content": "x" * 5000}))
+    held = numbered(tmp_path / "held.jsonl", 4, start=1000)
+
+    report = prepare(settings(source, eval={"path": str(held)}), chat_folder, 42, tmp_path / "data")
+
+    assert (report["train"]["conversations"], report["train"]["rows"]) == (1, 1)
+    assert report["noted"] == {"overlong": 1}
+
+
+@pytest.mark.parametrize("first", ["[1]", '{"x": 1}', "broken"])
+def test_an_invalid_first_record_is_dropped_like_any_other(
+    chat_folder: Path, tmp_path: Path, first: str
+) -> None:
+    source = write(tmp_path / "chats.jsonl", first, FINE)
+    held = numbered(tmp_path / "held.jsonl", 4, start=1000)
+    data = settings(source, eval={"path": str(held)}, invalid="drop")
+
+    report = prepare(data, chat_folder, 42, tmp_path / "data")
+
+    assert (report["train"]["rows"], report["noted"]) == (1, {"invalid": 1})
+    with pytest.raises(DataError, match=f"^{source}:1: "):
+        prepare(
+            data.model_copy(update={"invalid": "refuse"}), chat_folder, 42, tmp_path / "refused"
+        )
+
+
+def test_pairs_alone_are_checked_and_stored(chat_folder: Path, tmp_path: Path) -> None:
+    pairs = (
+        json.dumps({"prompt": f"{i}+1?", "chosen": str(i + 1), "rejected": "no"}) for i in range(30)
+    )
+    source = write(tmp_path / "pairs.jsonl", *pairs)
+
+    report = prepare(settings(source, eval={"share": 0.4}), chat_folder, 42, tmp_path / "data")
+
+    assert report["train"]["rows"] == report["eval"].get("rows") == 0
+    assert report["train"]["pairs"] + report["eval"]["pairs"] == 30
+
+
+def test_a_switch_does_not_pass_for_thinking(chat_folder: Path, tmp_path: Path) -> None:
+    talks = (row({"role": "user", "content": f"Say {i}."}, DIRECT) for i in range(20))
+    source = write(tmp_path / "chats.jsonl", *talks)
+    data = settings(source, eval={"share": 0.4}, soft_switches=1)
+
+    report = prepare(data, chat_folder, 42, tmp_path / "data")
+
+    assert report["train"]["thinking_rows"] > 0
+    assert any(w.startswith("no row in thinking mode") for w in report["warnings"])

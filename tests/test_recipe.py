@@ -303,7 +303,9 @@ recipes = st.builds(
     name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,9}", fullmatch=True),
     base=st.text(max_size=9),
     sources=st.lists(
-        st.fixed_dictionaries({"path": st.text(max_size=9)}, optional={"cap": st.integers(1)}),
+        st.fixed_dictionaries(
+            {"path": st.text(min_size=1, max_size=9)}, optional={"cap": st.integers(1)}
+        ),
         min_size=1,
         max_size=3,
     ),

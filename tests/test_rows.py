@@ -1,5 +1,6 @@
 """Rows: one per trained turn, whatever the conversation; what was left out is counted."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,23 @@ def test_a_question_with_a_switch_or_two_modes_gets_none(chat: Chat) -> None:
         assert rows_of(chat, Notes(), *talk, soft_switches=1) == rows_of(chat, Notes(), *talk)
 
 
+def test_the_last_switch_holds_until_another_comes(chat: Chat) -> None:
+    talk = [m for i in range(40) for m in (ask(f"How much is {i}?"), (DIRECT, THOUGHT)[i % 3 == 0])]
+    notes = Notes()
+
+    rows = rows_of(chat, notes, *talk, soft_switches=0.1, max_tokens=100_000)
+
+    prompt = chat.decode(rows[-1].prompt_ids)
+    questions = re.findall(r"How much is (\d+)\?(?: (/\w+))?<", prompt)
+    held, switched = "", 0
+    for number, switch in questions:
+        wanted = "/think" if int(number) % 3 == 0 else "/no_think"
+        held = switch or held
+        switched += bool(switch)
+        assert held in ("", wanted)
+    assert 5 < switched < 40
+
+
 def test_switches_come_with_their_probability_and_by_seed(chat: Chat) -> None:
     data = Data(sources=[{"path": "x"}], soft_switches=0.3)
     talks = [conversation(ask(f"How much is {i}?"), DIRECT) for i in range(300)]
@@ -341,6 +359,64 @@ def test_a_pair_shares_its_prompt_and_has_each_answers_own_row(chat: Chat) -> No
     assert row.prompt_ids == good.prompt_ids == bad.prompt_ids
     assert (row.chosen_ids, row.rejected_ids) == (good.completion_ids, bad.completion_ids)
     assert (row.source, row.mode) == ("pairs.jsonl:2", "thinking")
+
+
+def test_a_text_never_ends_in_a_row_of_one_token(chat: Chat) -> None:
+    for size in range(1, 60):
+        data = Data(sources=[{"path": "x"}], max_tokens=20)
+        rows = make_text_rows(Document("x" * size, Path("t"), 1), chat, data, Notes())
+        sizes = [len(row.completion_ids) for row in rows]
+        assert sum(sizes) == size + 1
+        assert 1 < min(sizes) <= max(sizes) <= 20
+
+
+def test_after_a_prompt_that_is_too_long_the_rest_is_counted_not_rendered(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = [m for i in range(30) for m in (ask(f"Question {i}?"), THOUGHT)]
+    whole = rows_of(chat, Notes(), *talk, max_tokens=100_000)
+    limit = len(whole[9].prompt_ids) + len(whole[9].completion_ids)
+    rendered: list[int] = []
+    turn = Chat.turn
+
+    def counting(self: Chat, *arguments: Any) -> Any:
+        rendered.append(1)
+        return turn(self, *arguments)
+
+    monkeypatch.setattr(Chat, "turn", counting)
+    notes = Notes()
+
+    rows = rows_of(chat, notes, *talk, max_tokens=limit)
+
+    assert rows == whole[:10]
+    assert notes.counts == {"overlong": 20}
+    assert len(rendered) <= 13
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"reasoning": "", "reasoning_content": "Why."},
+        {"reasoning": None, "reasoning_content": "Why."},
+        {"reasoning_details": [{"type": "reasoning.text", "text": " "}], "reasoning": "Why."},
+        {"reasoning": "", "content": "<think>Why.</think>2"},
+        {"content": "<think>\n\n</think>\n\n<think>Why.</think>2"},
+    ],
+)
+def test_blank_reasoning_hides_no_other(chat: Chat, fields: dict[str, Any]) -> None:
+    message = DIRECT | fields
+
+    assert rows_of(chat, Notes(), USER, message) == rows_of(
+        chat, Notes(), USER, answer("2", "Why.")
+    )
+    assert rows_of(chat, Notes(), USER, message, thinking="never") == rows_of(
+        chat, Notes(), USER, DIRECT
+    )
+
+
+def test_answers_that_follow_one_another_are_told_to_be_merged(chat: Chat) -> None:
+    with pytest.raises(DataError, match=r"^chats.jsonl:7: message 2: .*; merge the answers"):
+        rows_of(chat, Notes(), USER, DIRECT, DIRECT)
 
 
 def test_a_pair_that_is_none_is_refused_or_left_out(chat: Chat) -> None:

@@ -72,3 +72,19 @@ def test_a_path_that_means_nothing_is_named(tmp_path: Path) -> None:
     for path in (f"{tmp_path}/none.jsonl", f"{tmp_path}/*.jsonl"):
         with pytest.raises(DataError, match=rf" is missing; .* start at {Path.cwd()}$"):
             find_files(path)
+
+
+@pytest.mark.parametrize("path", ["chats/**x.jsonl", "x" * 300, "a\0b"])
+def test_what_can_be_no_path_is_named(path: str) -> None:
+    with pytest.raises(DataError, match=r"is no path or glob: |is missing; ") as caught:
+        find_files(path)
+
+    assert "\n" not in str(caught.value)
+
+
+def test_hidden_copies_in_a_folder_are_left_out(tmp_path: Path) -> None:
+    for name in ("a.jsonl", ".hidden.jsonl", ".ipynb_checkpoints/a.jsonl", "sub/b.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+
+    assert find_files(str(tmp_path)) == [tmp_path / "a.jsonl", tmp_path / "sub" / "b.jsonl"]

@@ -28,7 +28,11 @@ TOOLS = [
             "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
         },
     },
-    {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}},
+    {
+        "type": "function",
+        "function": {"name": "now", "parameters": {"type": "object"}},
+        "cache_control": {"type": "ephemeral"},
+    },
 ]
 
 

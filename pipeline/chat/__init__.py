@@ -11,8 +11,10 @@ from pipeline.chat.message import (
     Mode,
     check_message,
     prepare_message,
+    prepare_tools,
     reasoning_of,
     text_of,
+    without_reasoning,
 )
 from pipeline.chat.render import END_OF_TURN, Chat, Turn, mode_of, template_text
 from pipeline.chat.reply import (
@@ -52,7 +54,9 @@ __all__ = [
     "parse_call",
     "parse_reply",
     "prepare_message",
+    "prepare_tools",
     "reasoning_of",
     "template_text",
     "text_of",
+    "without_reasoning",
 ]

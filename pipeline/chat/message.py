@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pipeline.errors import DataError
@@ -37,10 +38,10 @@ def prepare_message(message: Message) -> Message:
     if role != "assistant":
         return prepared
     reasoning = reasoning_of(message)
-    if reasoning is None and (block := _INLINE.match(prepared["content"])):
-        reasoning, prepared["content"] = block["reasoning"], block["answer"]
     # Blank reasoning is none: the template would write it into the block of a direct turn.
-    prepared["reasoning_content"] = reasoning if reasoning and reasoning.strip() else ""
+    while not reasoning.strip() and (block := _INLINE.match(prepared["content"])):
+        reasoning, prepared["content"] = block["reasoning"], block["answer"]
+    prepared["reasoning_content"] = reasoning if reasoning.strip() else ""
     calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
     if calls:
         prepared["tool_calls"] = [
@@ -62,26 +63,42 @@ def text_of(content: Any) -> str:
         if not isinstance(part, dict) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise DataError(f"content part {kind!r} is not text")
-    return "".join(str(part.get("text") or "") for part in content)
+        if not isinstance(part.get("text") or "", str):
+            raise DataError(
+                f"a content part's text must be text, not {type(part['text']).__name__}"
+            )
+    return "".join(part.get("text") or "" for part in content)
 
 
-def reasoning_of(message: Message) -> str | None:
-    """An assistant message's reasoning, whichever of the known fields carries it; None if none."""
+def reasoning_of(message: Message) -> str:
+    """An assistant message's reasoning: the first of the known fields that has any, or ""."""
     details = message.get("reasoning_details")
-    if isinstance(details, list):
-        texts = [
-            item["text"]
-            for item in details
-            if isinstance(item, dict)
-            and item.get("type") == "reasoning.text"
-            and isinstance(item.get("text"), str)
-        ]
-        if texts:
-            return "".join(texts)
-    for name in ("reasoning", "reasoning_content"):
-        if isinstance(message.get(name), str):
-            return str(message[name])
-    return None
+    texts = [
+        item["text"]
+        for item in (details if isinstance(details, list) else ())
+        if isinstance(item, dict)
+        and item.get("type") == "reasoning.text"
+        and isinstance(item.get("text"), str)
+    ]
+    named = ("".join(texts), message.get("reasoning"), message.get("reasoning_content"))
+    return next((text for text in named if isinstance(text, str) and text.strip()), "")
+
+
+def without_reasoning(message: Message) -> Message:
+    """A prepared message as if nobody had thought."""
+    while message.get("reasoning_content"):  # a block may stand in the content, too
+        message = prepare_message(message | {"reasoning_content": ""})
+    return message
+
+
+def prepare_tools(tools: Sequence[Any]) -> list[Any]:
+    """Tools as the template needs them: without the marks that clients leave for a cache."""
+    return [
+        {key: value for key, value in tool.items() if key != "cache_control"}
+        if isinstance(tool, Mapping)
+        else tool
+        for tool in tools
+    ]
 
 
 def _arguments(arguments: Any) -> Any:

@@ -14,7 +14,7 @@ import jinja2.ext
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
-from pipeline.chat.message import Message, Mode, prepare_message
+from pipeline.chat.message import Message, Mode, prepare_message, prepare_tools
 from pipeline.errors import BaseError, DataError
 
 END_OF_TURN = "<|im_end|>"
@@ -23,6 +23,7 @@ END_OF_TURN = "<|im_end|>"
 # as ESCAPE plus one character that says which literal it is, and becomes ordinary ids afterwards.
 _ESCAPE = "\U0010fffd"
 _FIRST_CODE = 0xE000
+_MAX_CACHED_CHARACTERS = 1 << 14
 _TURN_START = re.compile(r"(?<=<\|im_end\|>)(?=\s*<\|im_start\|>)")
 
 
@@ -86,7 +87,7 @@ class Chat:
         try:
             return self.template.render(
                 messages=[self._escape(prepare_message(message)) for message in messages],
-                tools=self._escape(list(tools)) if tools else None,
+                tools=self._escape(prepare_tools(tools)) if tools else None,
                 add_generation_prompt=mode is not None,
                 enable_thinking=mode != "direct",
             )
@@ -97,12 +98,13 @@ class Chat:
         """Ids of a rendered text; control tokens of the template are single ids."""
         ids: list[int] = []
         for segment in _TURN_START.split(rendered):
-            ids += self._segment_ids(segment)
+            is_short = len(segment) < _MAX_CACHED_CHARACTERS
+            ids += self._segment_ids(segment) if is_short else self._encode_segment(segment)
         return ids
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of a plain text that no template has seen; its literal control tokens stay text."""
-        return self.encode(self._escape(text))
+        return self._encode_segment(self._escape(text))
 
     def _encode_segment(self, segment: str) -> list[int]:
         ids: list[int] = []
@@ -158,7 +160,10 @@ class Chat:
         prompt = self.render(messages[:index], tools, mode)
         full = self.render(messages[: index + 1], tools, None)
         if not full.startswith(prompt):
-            raise DataError(f"message {index}: the template does not continue its own prompt")
+            what = "the template does not continue its own prompt"
+            if index and messages[index - 1]["role"] == "assistant":
+                what += "; merge the answers that follow one another"
+            raise DataError(f"message {index}: {what}")
         completion, end, _ = full[len(prompt) :].partition(END_OF_TURN)
         completion += end
         return Turn(

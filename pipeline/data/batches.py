@@ -7,8 +7,9 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
-from itertools import islice
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,14 +17,14 @@ import pyarrow as pa
 from pipeline.chat import Chat, reasoning_of, text_of
 from pipeline.data.conversation import Conversation, Document, Pair, Record, Sample, source_of
 from pipeline.data.duplicates import Fingerprint, fingerprint
-from pipeline.data.formats import parse
+from pipeline.data.formats import detect, parse
 from pipeline.data.mix import draw
 from pipeline.data.notes import Notes
 from pipeline.data.rows import PairRow, Row, make_pair_rows, make_rows, make_text_rows
 from pipeline.data.secrets import find_secrets
 from pipeline.data.store import PAIRS, ROWS, to_batch
 from pipeline.data.tally import Tally
-from pipeline.errors import DataError
+from pipeline.errors import DataError, RunError
 from pipeline.recipe import Data, Format
 from pipeline.tree import count_tree_tokens
 
@@ -39,9 +40,11 @@ MAX_PROCESSES = 8
 class Job:
     """Some records of one source, and what is to become of them."""
 
+    source: str
+    """Its name: the same conversation in two sources has two chances."""
     records: list[Record | DataError]
     form: Format | None
-    """None where no record has been read yet, only faults."""
+    """None where none of the records has a known one."""
     weight: float
     held: bool | None
     """Whether all of them are held out, or none; None leaves it to data.eval.share."""
@@ -89,16 +92,20 @@ class Maker:
         for record in job.records:
             try:
                 sample = _parse(record, job.form)
-                is_held = self._is_held(sample, job)
-                copies = 1 if is_held else self._num_copies(sample, job.weight)
-                self._add(sample, held if is_held else train, copies, notes)
+                print_ = fingerprint(sample, held=False)
+                if self._is_held(print_, job):
+                    copies, part, print_ = 1, held, replace(print_, held=True)
+                else:
+                    copies, part = self._num_copies(print_, job), train
+                if copies:
+                    self._add(sample, part, copies, notes)
             except DataError as error:
                 if self.data.invalid == "refuse":
                     raise
                 notes.add("invalid", str(error))
                 continue
             if copies:
-                fingerprints.append(fingerprint(sample, is_held))
+                fingerprints.append(print_)
                 kinds = (kind for text in _texts(sample) for kind in find_secrets(text))
                 secrets += [(kind, source_of(sample)) for kind in kinds]
         ids = [(row.prompt_ids, row.completion_ids) for row in train.rows]
@@ -118,28 +125,33 @@ class Maker:
 
     def _add(self, sample: Sample, part: Part, copies: int, notes: Notes) -> None:
         """Make a sample's rows and count them, `copies` times."""
-        rows: list[Row] = []
         if isinstance(sample, Pair):
-            part.pairs += make_pair_rows(sample, self.chat, self.data, notes) * copies
-            part.tally.counts["pairs"] += copies
-        elif isinstance(sample, Document):
+            pairs = make_pair_rows(sample, self.chat, self.data, notes)
+            part.pairs += pairs * copies
+            part.tally.counts["pairs"] += len(pairs) * copies
+            part.tally.counts["conversations"] += len(pairs) * copies
+            return
+        if isinstance(sample, Document):
             rows = make_text_rows(sample, self.chat, self.data, notes)
         else:
             rows = make_rows(sample, self.chat, self.data, self.seed, notes)
-            part.tally.add_conversation(sample, copies)
-        part.tally.counts["conversations"] += copies
+            if rows:
+                part.tally.add_conversation(sample, copies)
+        part.tally.counts["conversations"] += copies if rows else 0
         for row in rows:
             part.tally.add_row(row, copies, isinstance(sample, Conversation) and bool(sample.tools))
         part.rows += rows * copies
 
-    def _is_held(self, sample: Sample, job: Job) -> bool:
+    def _is_held(self, print_: Fingerprint, job: Job) -> bool:
+        """By what a model would see of it, so that copies are held out together."""
         if job.held is not None:
             return job.held
-        return draw(self.seed, "held", _content(sample)) < (self.data.eval.share or 0)
+        return draw(self.seed, "held", print_.exact) < (self.data.eval.share or 0)
 
-    def _num_copies(self, sample: Sample, weight: float) -> int:
-        whole, part = divmod(weight, 1)
-        return int(whole) + (part > 0 and draw(self.seed, "copies", _content(sample)) < part)
+    def _num_copies(self, print_: Fingerprint, job: Job) -> int:
+        whole, part = divmod(job.weight, 1)
+        drawn = draw(self.seed, f"copies from {job.source}", print_.exact)
+        return int(whole) + (drawn < part)
 
 
 def make_batches(jobs: Iterator[Job], data: Data, seed: int, base: Path) -> Iterator[Batch]:
@@ -152,12 +164,21 @@ def make_batches(jobs: Iterator[Job], data: Data, seed: int, base: Path) -> Iter
     for job in islice(jobs, IN_PROCESS):
         yield maker.make(job)
     first = next(jobs, None)
-    if first is None:
-        return
-    num_processes = min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+    if first is not None:
+        try:
+            yield from _make_side_by_side(chain([first], jobs), (data, seed, base))
+        except BrokenProcessPool as error:
+            what = "a process that makes rows was killed, most likely for want of memory"
+            raise RunError(
+                f"{what}; close other programs, or give shorter conversations"
+            ) from error
+
+
+def _make_side_by_side(jobs: Iterator[Job], maker: tuple[Data, int, Path]) -> Iterator[Batch]:
+    num_processes = min(_num_cores(), MAX_PROCESSES)
     context = multiprocessing.get_context("spawn")  # tokenizers' threads do not survive a fork
-    with ProcessPoolExecutor(num_processes, context, _start, (data, seed, base)) as pool:
-        waiting: deque[Future[Batch]] = deque([pool.submit(_make, first)])
+    with ProcessPoolExecutor(num_processes, context, _start, maker) as pool:
+        waiting: deque[Future[Batch]] = deque()
         try:
             for job in jobs:
                 waiting.append(pool.submit(_make, job))
@@ -166,7 +187,16 @@ def make_batches(jobs: Iterator[Job], data: Data, seed: int, base: Path) -> Iter
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            if waiting:  # something went wrong, or nobody wants the rest: do not wait for it
+                for process in multiprocessing.active_children():
+                    process.kill()
+
+
+def _num_cores() -> int:
+    """How many this process may use, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 _maker: Maker | None = None  # of a worker process: it lives as long as the process
@@ -195,16 +225,7 @@ def _make(job: Job) -> Batch:
 def _parse(record: Record | DataError, form: Format | None) -> Sample:
     if isinstance(record, DataError):
         raise record
-    assert form is not None
-    return parse(record, form)
-
-
-def _content(sample: Sample) -> list[object]:
-    if isinstance(sample, Conversation):
-        return [sample.messages, sample.tools]
-    if isinstance(sample, Pair):
-        return [sample.messages, sample.tools, sample.chosen, sample.rejected]
-    return [sample.text]
+    return parse(record, form or detect(record))
 
 
 def _texts(sample: Sample) -> Iterator[str]:
@@ -217,6 +238,6 @@ def _texts(sample: Sample) -> Iterator[str]:
         messages += [*sample.chosen, *sample.rejected]
     for message in messages:
         yield text_of(message.get("content"))
-        yield reasoning_of(message) or ""
+        yield reasoning_of(message)
         for call in message.get("tool_calls") or ():
             yield str(call.get("function", call).get("arguments"))

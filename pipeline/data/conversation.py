@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.chat import Message, check_message, prepare_message, text_of
+from pipeline.chat import Message, check_message, prepare_message
 from pipeline.data.strict_json import parse_json
 from pipeline.errors import DataError
 
@@ -57,8 +57,9 @@ Sample = Conversation | Pair | Document
 
 
 def source_of(sample: Record | Sample) -> str:
-    """`path:line`."""
-    return f"{sample.path}:{sample.line}"
+    """`path:line`, in characters that can be written whatever the file is called."""
+    path = str(sample.path).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return f"{path}:{sample.line}"
 
 
 def check_messages(messages: Any) -> tuple[Message, ...]:
@@ -89,10 +90,10 @@ def _are_arguments(arguments: Any) -> bool:
     """Whether call arguments are an object, or the text of one, or left out."""
     if isinstance(arguments, str) and arguments:
         try:
-            arguments = parse_json(arguments)
+            return isinstance(parse_json(arguments), dict)
         except DataError:
             return False
-    return not arguments or isinstance(arguments, dict)
+    return arguments is None or arguments == "" or isinstance(arguments, dict)
 
 
 def _check_calls(index: int, message: Message) -> list[Any]:
@@ -125,8 +126,9 @@ def _check_message(index: int, message: Any) -> None:
         if message.get("train") is True:
             raise DataError(f"message {index}: only assistant turns can be trained")
         return
-    content = text_of(prepare_message(message)["content"]).strip()
-    if content.startswith("<think>"):
+    prepared = prepare_message(message)
+    content = prepared["content"].strip()
+    if content.startswith("<think>") and not prepared["reasoning_content"]:
         raise DataError(f"message {index}: its <think> is never closed; the answer was cut there")
     if not calls and not content:
         raise DataError(f"message {index}: an assistant turn with neither text nor tool calls")

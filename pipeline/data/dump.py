@@ -12,11 +12,15 @@ IGNORED = -100
 
 
 def dump_rows(parts: Mapping[str, Path], out: Path) -> None:
-    """Write every row of some files under their part's name; RunError if it cannot be written.
+    """Write every row of some files under their part's name, into a new file.
+
+    RunError if something has that name already, or it cannot be written; nothing is left then.
 
     A line has `input_ids`, `labels` of the same length, `source` as path:line, `turn`, `mode` and
     `part`. A label stands at its token's own place: nothing is shifted.
     """
+    if out.exists():
+        raise RunError(f"{out} is there already: remove it, or dump to another file")
     temporary = out.with_name(out.name + ".partial")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -33,4 +37,5 @@ def dump_rows(parts: Mapping[str, Path], out: Path) -> None:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
         temporary.replace(out)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise RunError(f"{out} cannot be written: {error.strerror}") from error

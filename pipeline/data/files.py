@@ -3,7 +3,6 @@
 import csv
 import io
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -192,8 +191,14 @@ def _read_parquet(path: Path, stream: IO[bytes]) -> Iterator[Record | DataError]
         yield from read_parquet(path, stream)
         return
     with tempfile.TemporaryFile() as unpacked:  # Parquet is read from its end
-        try:
-            shutil.copyfileobj(stream, unpacked, _CHUNK_BYTES)
-        except OSError as error:
-            raise _damage(path, 1, error) from error
+        for chunk in _read_chunks(path, stream):
+            unpacked.write(chunk)
         yield from read_parquet(path, unpacked)
+
+
+def _read_chunks(path: Path, stream: IO[bytes]) -> Iterator[bytes]:
+    try:
+        while chunk := stream.read(_CHUNK_BYTES):
+            yield chunk
+    except OSError as error:
+        raise _damage(path, 1, error) from error

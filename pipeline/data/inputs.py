@@ -1,6 +1,7 @@
 """A recipe's sources as what is read: files, format, and how often each conversation counts."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -29,18 +30,19 @@ class Input:
     held: bool | None
     """Whether all of it is held out, or none; None leaves it to data.eval.share."""
     form: Format | None = None
-    """The format its first record has; None before that is read."""
+    """That of its first record that has a known one; None before that is read."""
     num_records: int = 0
 
     def jobs(self) -> Iterator[Job]:
         """Its records, some at a time, under the format the recipe gives or the first one has."""
         records, wanted = self.records(), self.source.format
+        if wanted != "auto":
+            self.form = wanted
         while some := list(islice(records, RECORDS)):
-            first = next((record for record in some if isinstance(record, Record)), None)
-            if self.form is None and first is not None:
-                self.form = detect(first) if wanted == "auto" else wanted
+            if self.form is None:
+                self.form = next(_formats(some), None)
             self.num_records += len(some)
-            yield Job(some, self.form, self.weight, self.held)
+            yield Job(self.source.name, some, self.form, self.weight, self.held)
 
     def records(self) -> Iterator[Record | DataError]:
         """All that is used of its files, and their faults, in order."""
@@ -58,6 +60,14 @@ class Input:
             "weight": self.weight,
             "part": "eval" if self.held else "train",
         }
+
+
+def _formats(records: Sequence[Record | DataError]) -> Iterator[Format]:
+    """The formats of those records that have a known one."""
+    for record in records:
+        if isinstance(record, Record):
+            with suppress(DataError):
+                yield detect(record)
 
 
 def find_inputs(data: Data, fetched: Mapping[str, Sequence[Path]]) -> list[Input]:

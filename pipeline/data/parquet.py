@@ -29,7 +29,7 @@ def read_parquet(path: Path, stream: IO[bytes]) -> Iterator[Record]:
     except UnicodeDecodeError as error:
         what = f"the text of this row or of one of the next {_BATCH_ROWS} is not UTF-8"
         raise DataError.at(path, row, what) from error
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:120]
         raise DataError.at(path, row, f"not Parquet that can be read: {reason}") from error
 

@@ -3,10 +3,21 @@
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 from unicodedata import normalize
 
-from pipeline.chat import END_OF_TURN, TAGS, Chat, Message, Mode, Turn, mode_of, prepare_message
+from pipeline.chat import (
+    END_OF_TURN,
+    TAGS,
+    Chat,
+    Message,
+    Mode,
+    Turn,
+    mode_of,
+    prepare_message,
+    without_reasoning,
+)
 from pipeline.data.conversation import Conversation, Document, Pair, is_trained, source_of
 from pipeline.data.notes import Notes
 from pipeline.data.switches import insert_switches
@@ -49,7 +60,7 @@ def make_rows(
     """Rows of one conversation. Raises DataError at its line where it cannot become rows."""
     messages = [prepare_message(message) for message in conversation.messages]
     if data.thinking == "never":
-        messages = [_without_reasoning(message) for message in messages]
+        messages = [without_reasoning(message) for message in messages]
     answers = _answers(conversation, data, notes)
     modes = {index: mode_of(messages[index]) for index in answers}
     if data.soft_switches:
@@ -58,17 +69,20 @@ def make_rows(
         )
         modes |= {index: "thinking" for index in switched if index in modes}
     _note_oddities(conversation, messages, answers, notes)
-    rows = []
-    for index in answers:
+    rows: list[Row] = []
+    for at, index in enumerate(answers):
         if data.thinking == "always" and mode_of(messages[index]) == "direct":
             notes.add("without_reasoning", f"{source_of(conversation)}: message {index}")
             continue
-        turn = _fit(conversation, messages[: index + 1], modes[index], chat, data, notes)
-        if turn:
-            check_turn(conversation, turn, chat)
-            rows.append(
-                Row(turn.prompt_ids, turn.completion_ids, source_of(conversation), index, turn.mode)
-            )
+        turn = _turn(conversation, messages[: index + 1], modes[index], chat)
+        if data.overlong == "drop" and _is_last_to_fit(messages, turn, data):
+            _note_overlong(conversation, turn, data, notes, len(answers) - at)
+            break
+        fitting = _fit(conversation, messages[: index + 1], turn, chat, data, notes)
+        if fitting:
+            check_turn(conversation, fitting, chat)
+            ids = fitting.prompt_ids, fitting.completion_ids
+            rows.append(Row(*ids, source_of(conversation), index, fitting.mode))
     return rows
 
 
@@ -77,12 +91,14 @@ def make_text_rows(document: Document, chat: Chat, data: Data, notes: Notes) -> 
     ids = [*chat.text_ids(document.text), chat.token_id(END_OF_TEXT)]
     if normalize("NFC", chat.decode(ids[:-1])) != normalize("NFC", document.text):
         raise DataError.at(document.path, document.line, "the text's ids do not decode to it")
-    starts = range(0, len(ids), data.max_tokens)
-    if len(starts) > 1:
-        notes.add("texts_cut", f"{source_of(document)}: {len(ids)} tokens in {len(starts)} rows")
+    cuts = list(range(0, len(ids), data.max_tokens))
+    if len(cuts) > 1 and len(ids) - cuts[-1] == 1:
+        cuts[-1] -= 1  # nothing can be learnt from a token alone: it has no beginning to follow
+    if len(cuts) > 1:
+        notes.add("texts_cut", f"{source_of(document)}: {len(ids)} tokens in {len(cuts)} rows")
     return [
-        Row([], ids[start : start + data.max_tokens], source_of(document), 0, "text")
-        for start in starts
+        Row([], ids[start:end], source_of(document), 0, "text")
+        for start, end in pairwise([*cuts, len(ids)])
     ]
 
 
@@ -92,7 +108,7 @@ def make_pair_rows(pair: Pair, chat: Chat, data: Data, notes: Notes) -> list[Pai
     for continuation in (pair.chosen, pair.rejected):
         messages = [prepare_message(message) for message in (*pair.messages, *continuation)]
         if data.thinking == "never":
-            messages = [_without_reasoning(message) for message in messages]
+            messages = [without_reasoning(message) for message in messages]
         if len(continuation) != 1:
             what = "chosen and rejected must be one assistant message each"
             raise DataError.at(pair.path, pair.line, what)
@@ -172,31 +188,39 @@ def _turn(sample: Conversation | Pair, messages: list[Message], mode: Mode, chat
         raise DataError.at(sample.path, sample.line, str(error)) from error
 
 
+def _is_last_to_fit(messages: list[Message], turn: Turn, data: Data) -> bool:
+    """Whether no later turn can fit either: they all have this prompt's messages in theirs.
+
+    Inside a chain of calls that is not so: its reasoning is left out of later prompts.
+    """
+    follows_question = messages[turn.index - 1]["role"] == "user"
+    return follows_question and len(turn.prompt_ids) > data.max_tokens
+
+
 def _fit(
     conversation: Conversation,
     messages: list[Message],
-    mode: Mode,
+    turn: Turn,
     chat: Chat,
     data: Data,
     notes: Notes,
 ) -> Turn | None:
-    """The last message as a turn of at most max_tokens, or None.
+    """A turn of at most max_tokens, or None; the messages end with it.
 
     Under split_history as little as possible of the oldest history is left out of its prompt.
     """
-    turn = _turn(conversation, messages, mode, chat)
     if _size(turn) <= data.max_tokens:
         return turn
     if data.overlong == "split_history":
         shorter = list(_shorter(messages))
 
         def fits(cut: list[Message]) -> bool:
-            return _size(_turn(conversation, cut, mode, chat)) <= data.max_tokens
+            return _size(_turn(conversation, cut, turn.mode, chat)) <= data.max_tokens
 
         first = bisect_left(shorter, True, key=fits)
         if first < len(shorter):
             notes.add("history_split", f"{source_of(conversation)}: message {turn.index}")
-            return replace(_turn(conversation, shorter[first], mode, chat), index=turn.index)
+            return replace(_turn(conversation, shorter[first], turn.mode, chat), index=turn.index)
     _note_overlong(conversation, turn, data, notes)
     return None
 
@@ -213,15 +237,14 @@ def _shorter(messages: list[Message]) -> Iterator[list[Message]]:
             yield [*messages[:head], *messages[start:]]
 
 
-def _note_overlong(sample: Conversation | Pair, turn: Turn, data: Data, notes: Notes) -> None:
+def _note_overlong(
+    sample: Conversation | Pair, turn: Turn, data: Data, notes: Notes, number: int = 1
+) -> None:
+    """Count so many rows as too long, or refuse the first of them."""
     sentence = (
         f"{source_of(sample)}: message {turn.index}: the row has {_size(turn)} tokens, "
         f"data.max_tokens is {data.max_tokens}"
     )
     if data.overlong == "refuse":
         raise DataError(f"{sentence}; raise it or set data.overlong=drop")
-    notes.add("overlong", sentence)
-
-
-def _without_reasoning(message: Message) -> Message:
-    return message | {"reasoning_content": ""} if message["role"] == "assistant" else message
+    notes.add("overlong", sentence, number)

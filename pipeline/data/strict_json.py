@@ -6,6 +6,8 @@ from typing import Any
 
 from pipeline.errors import DataError
 
+MAX_DEPTH = 100
+"""More than people nest; far less than what stops the template, or a message between processes."""
 HALF_CHARACTERS = ("\\ud", "\\uD")
 """A half character can only come from an escape that begins like this: UTF-8 has none."""
 
@@ -13,7 +15,8 @@ HALF_CHARACTERS = ("\\ud", "\\uD")
 def parse_json(text: str) -> Any:
     """The value of a JSON text; raises DataError saying what is wrong with it.
 
-    Unlike json.loads it refuses NaN, Infinity, numbers as large as that, and half characters.
+    Unlike json.loads it refuses NaN, Infinity, numbers as large as that, half characters and deep
+    nesting.
     """
     try:
         value = DECODER.decode(text)
@@ -22,7 +25,23 @@ def parse_json(text: str) -> Any:
         raise DataError(f"not JSON: {explain_json(error)}{place}") from error
     if any(half in text for half in HALF_CHARACTERS):
         refuse_half_characters(value)
+    if (
+        text.count("[") + text.count("{") > MAX_DEPTH
+        and isinstance(value, dict | list)
+        and _is_deep(value)
+    ):
+        raise DataError(f"nested more than {MAX_DEPTH} levels deep")
     return value
+
+
+def _is_deep(value: dict[str, Any] | list[Any]) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        values = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [inner for some in values for inner in some if isinstance(inner, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def explain_json(error: ValueError | RecursionError) -> str:

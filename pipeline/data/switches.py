@@ -7,7 +7,7 @@ from pipeline.data.conversation import Conversation, source_of
 from pipeline.data.mix import draw
 from pipeline.data.notes import Notes
 
-_SWITCH = re.compile(r"/(no_)?think\b")
+_SWITCH = re.compile(r"/(?:no_)?think\b")
 
 
 def insert_switches(
@@ -21,24 +21,30 @@ def insert_switches(
 
     Returns the messages, and the places of direct answers that now follow a /no_think: these are
     trained in thinking mode, where the model itself has to write the empty block.
-    A question that has a switch keeps it; one answered in both modes gets none.
+    A question that has a switch keeps it; one answered in both modes gets none. As the last switch
+    holds, a later question that is answered in the other mode gets its own.
     """
     changed, after_no_think = list(messages), set[int]()
     questions = [at for at, message in enumerate(messages) if message["role"] == "user"]
+    last = ""  # the switch that holds until another comes
     for start, end in zip(questions, [*questions[1:], len(messages)], strict=True):
         answers = [at for at in range(start, end) if messages[at]["role"] == "assistant"]
         modes = {mode_of(messages[at]) for at in answers}
         text = messages[start]["content"]
         content = (conversation.messages, conversation.tools)
-        if len(modes) != 1 or _SWITCH.search(text):
+        if own := _SWITCH.findall(text):
+            last = own[-1]
+        if own or len(modes) != 1:
             continue
-        if draw(seed, f"switch {start}", content) >= probability:
+        switch = "/no_think" if "direct" in modes else "/think"
+        is_drawn = draw(seed, f"switch {start}", content) < probability
+        if not is_drawn and last in ("", switch):
             continue
-        if "direct" in modes:
+        last = switch
+        changed[start] = messages[start] | {"content": f"{text} {switch}"}
+        if switch == "/no_think":
             after_no_think |= set(answers)
-            changed[start] = messages[start] | {"content": f"{text} /no_think"}
             notes.add("switched_no_think", source_of(conversation))
         else:
-            changed[start] = messages[start] | {"content": f"{text} /think"}
             notes.add("switched_think", source_of(conversation))
     return changed, after_no_think

@@ -26,15 +26,18 @@ class Tally:
     def add_row(self, row: Row, copies: int, has_tools: bool) -> None:
         """Count a row that is trained so many times."""
         prompt, completion = len(row.prompt_ids), len(row.completion_ids)
+        supervised = (
+            completion if prompt else completion - 1
+        )  # a text's first token follows nothing
         self.counts["rows"] += copies
         self.counts[f"{row.mode}_rows"] += copies
         self.counts["rows_with_tools"] += copies * has_tools
         self.counts["prompt_tokens"] += copies * prompt
-        self.counts["supervised_tokens"] += copies * completion
+        self.counts["supervised_tokens"] += copies * supervised
         self.counts["longest_row"] = max(self.counts["longest_row"], prompt + completion)
         sizes = {
             "prompt_tokens": prompt,
-            "supervised_tokens": completion,
+            "supervised_tokens": supervised,
             "row_tokens": prompt + completion,
         }
         for name, size in sizes.items():

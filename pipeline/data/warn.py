@@ -10,7 +10,9 @@ def warnings_of(report: dict[str, Any], thinking: str) -> list[str]:
     noted, train = report["noted"], report["train"]
     duplicates, overlap = report["duplicates"], report["overlap"]
     num_secrets = sum(found["count"] for found in report["secrets"].values())
-    forgets = thinking != "never" and not train.get("thinking_rows")
+    # A direct answer after /no_think is trained in thinking mode, with an empty block.
+    num_thinking = train.get("thinking_rows", 0) - noted.get("switched_no_think", 0)
+    forgets = thinking != "never" and num_thinking <= 0
     candidates = [
         (noted.get("invalid"), "conversations dropped as invalid: {}"),
         (noted.get("overlong"), "rows dropped, longer than data.max_tokens: {}"),
@@ -22,9 +24,9 @@ def warnings_of(report: dict[str, Any], thinking: str) -> list[str]:
         (overlap["near"], "held-out conversations nearly the same as trained ones: {}"),
         (num_secrets, "suspected secrets, which a model may repeat: {}"),
         (
-            forgets and train.get("direct_rows"),
+            forgets and train["rows"] - train.get("text_rows", 0),
             "no row in thinking mode, so the model may forget how to think (mix in what `pipeline "
-            "replay` writes, or set data.thinking=never); rows in direct mode: {}",
+            "replay` writes, or set data.thinking=never); rows: {}",
         ),
     ]
     return [sentence.format(f"{number:,}") for number, sentence in candidates if number]

@@ -17,7 +17,7 @@ MEANING = {
     'turn, or are marked "train": false or "weight": 0',
     "unanswered": "conversations that end in a user or tool turn: their end is not trained",
     "names": "messages with a name, which the template has no place for: it is left out",
-    "stray_tags": "answers with a literal <think> or </think>, kept as ordinary text",
+    "stray_tags": "answers with a literal think or tool_call tag, kept as ordinary text",
     "switched_think": "questions that got the soft switch /think",
     "switched_no_think": "questions that got the soft switch /no_think",
     "texts_cut": "texts longer than data.max_tokens, cut into several rows",
@@ -185,8 +185,8 @@ def describe_epoch(report: Mapping[str, Any]) -> str:
     if not flat or not shared:
         return ""
     return (
-        f"{flat:,} tokens row by row; {shared:,} with every shared prefix paid for once "
-        f"(a ratio of {flat / shared:.2f})."
+        f"{flat:,} tokens row by row; predicted {shared:,} where 16 neighbouring rows compute once "
+        f"what they share (a ratio of {flat / shared:.2f})."
     )
 
 

@@ -1,6 +1,8 @@
 """Which replies are kept: finished, well-formed, and exactly what training will render again."""
 
+import json
 import re
+import sys
 from typing import Any, Literal
 from unicodedata import normalize
 
@@ -12,12 +14,21 @@ from pipeline.chat import (
     is_well_formed,
     parse_reply,
 )
+from pipeline.data.conversation import Conversation, Record
+from pipeline.data.formats import parse
+from pipeline.data.notes import Notes
+from pipeline.data.rows import Row, make_rows
+from pipeline.data.strict_json import parse_json
 from pipeline.engine.protocol import Finish
 from pipeline.errors import DataError
+from pipeline.recipe import Data, Source
 from pipeline.replay.prompts import Prompt
 
 Reason = Literal["unfinished", "malformed", "blank", "foreign tool", "control token", "inexact"]
 _LINE_BREAKS = re.compile(rf"\n*({'|'.join(map(re.escape, (*TAGS, END_OF_TURN)))})\n*")
+
+# Whatever a recipe's own data.max_tokens is: that stage counts what it leaves out for length.
+_WHOLE = Data(sources=(Source(path="replay.jsonl"),), max_tokens=sys.maxsize)
 
 
 def judge(prompt: Prompt, text: str, finish: Finish | None, chat: Chat) -> Reason | None:
@@ -76,13 +87,21 @@ def _is_exact(prompt: Prompt, text: str, chat: Chat) -> bool:
 
     Those are the template's own. A call in other spacing or another key order is not exact.
     """
-    written = conversation(prompt, text)
     try:
-        turn = chat.turn(written["messages"], prompt.tools, len(prompt.messages))
+        rows = _rows(prompt, text, chat)
     except DataError:
         return False
-    learnt = chat.decode(turn.completion_ids)
-    return turn.prompt_ids == prompt.ids and _bare(learnt) == _bare(text + END_OF_TURN)
+    said = _bare(text + END_OF_TURN)
+    asked_and_learnt = [(row.prompt_ids, _bare(chat.decode(row.completion_ids))) for row in rows]
+    return asked_and_learnt == [(prompt.ids, said)]
+
+
+def _rows(prompt: Prompt, text: str, chat: Chat) -> list[Row]:
+    """What the data stage makes of the written line; raises DataError where it would refuse it."""
+    line = json.dumps(conversation(prompt, text))
+    sample = parse(Record(parse_json(line), prompt.path, prompt.line), "messages")
+    assert isinstance(sample, Conversation)
+    return make_rows(sample, chat, _WHOLE, 0, Notes())
 
 
 def _bare(text: str) -> str:

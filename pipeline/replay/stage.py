@@ -1,7 +1,8 @@
 """Let the base answer general prompts in thinking mode; what is sound becomes a source.
 
-A reply depends on the base, the prompt, the sampling and the seed, and on nothing else: neither on
-the replies before it nor on how often the run was stopped.
+One at a time, a reply depends on the base, the prompt, the sampling and the seed alone: neither on
+the replies before it nor on how often the run was stopped. Under replay.parallel above 1 it depends
+on what else is in the batch, too, whose rounding differs; a finished reply stays as it is.
 """
 
 import asyncio
@@ -48,7 +49,9 @@ class Question:
 def replay(
     settings: Replay, seed: int, answerer: Answerer, run: Run, console: Console
 ) -> tuple[Tally, bool]:
-    """Write run.replay, in the prompts' order; what became of them, and whether that is news.
+    """Write run.replay in the prompts' order and describe it in the manifest.
+
+    Returns what became of the prompts, and whether anything was asked or written for it.
 
     Every finished reply is kept in run.replay_journal at once; a rerun asks only what is missing.
     Raises DataError for a prompt that cannot be asked, and if no reply can be kept.
@@ -57,7 +60,8 @@ def replay(
     questions = [_question(prompt, settings, seed, answerer.sha256) for prompt in prompts]
     journal = Journal(run.replay_journal)
     replies = journal.read()
-    if any(question.key not in replies for question in questions):
+    is_asked = any(question.key not in replies for question in questions)
+    if is_asked:
         _ask_missing(questions, replies, settings, answerer, run, console)
         replies = journal.read()
     tally = _count(questions, replies)
@@ -69,18 +73,22 @@ def replay(
         )
     sound = [(q.prompt, replies[q.key].text) for q in questions if not replies[q.key].reason]
     lines = [json.dumps(conversation(*pair), ensure_ascii=False) for pair in sound]
-    return tally, _write_if_new(run.replay, "".join(f"{line}\n" for line in lines))
+    is_written = _write_if_new(run.replay, "".join(f"{line}\n" for line in lines))
+    # Not only for news: an earlier run may have been stopped before it came to this.
+    run.describe(replay=tally.facts())
+    return tally, is_asked or is_written
 
 
 def _question(prompt: Prompt, settings: Replay, seed: int, base_sha256: str) -> Question:
-    own_seed = int(hash_value([seed, prompt.sha256])[:8], 16)
+    prompt_sha256 = prompt.sha256
+    own_seed = int(hash_value([seed, prompt_sha256])[:8], 16)
     sampling = Sampling(
         max_tokens=settings.max_tokens,
         **RECOMMENDED["thinking"],
         seed=own_seed,
         is_repeatable=True,
     )
-    key = hash_value([base_sha256, settings.gguf, prompt.messages, prompt.tools, asdict(sampling)])
+    key = hash_value([base_sha256, settings.gguf, prompt_sha256, asdict(sampling)])
     return Question(prompt, sampling, key)
 
 
@@ -160,6 +168,7 @@ class Interview:
 
 
 def _write_if_new(path: Path, text: str) -> bool:
+    """Write a file unless it holds this text already; whether it was written."""
     if path.is_file() and path.read_bytes() == text.encode():
         return False
     write_text(path, text)

@@ -135,13 +135,8 @@ def _shows_reasoning(request: ChatRequest) -> bool:
 
 
 def _tools(request: ChatRequest) -> list[dict[str, Any]]:
-    """As the client wrote them, without the cache's marks; none if they must not be called."""
-    if request.tool_choice == "none":
-        return []
-    return [
-        {key: value for key, value in tool.items() if key != "cache_control"}
-        for tool in request.tools or ()
-    ]
+    """As the client wrote them; none if they must not be called."""
+    return [] if request.tool_choice == "none" else request.tools or []
 
 
 def _prompt_ids(
