@@ -126,11 +126,10 @@ def replay(target: Target, overrides: Sets = None) -> None:
     context = _context(target, overrides)
     run, recipe = context.run, context.recipe
     answerer = Answerer(Chat(context.base), context.base_hash(), lambda: _base_gguf(context))
-    tally, is_new = ask(recipe.replay, recipe.train.seed, answerer, run, Console(stderr=True))
-    if is_new:
+    with run.locked():
+        tally, is_new = ask(recipe.replay, recipe.train.seed, answerer, run, Console(stderr=True))
         write_json(run.recipe, recipe.model_dump(mode="json"))
-        run.describe(replay=tally.facts())
-    else:
+    if not is_new:
         say(f"replay: nothing to do, {run.replay} was made from the same inputs")
     say(f"replay: {tally}")
     say(f"a source for data.sources: {{path: {run.replay}, share: 0.2}}")

@@ -5,7 +5,16 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.chat import Mode, Piece, Splitter, parse_reply
+from pipeline.chat import (
+    CALL,
+    END_CALL,
+    Mode,
+    Piece,
+    Splitter,
+    is_well_formed,
+    parse_call,
+    parse_reply,
+)
 
 BITS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "\n", "a", "<", "<th", ">", '{"b":1}']
 texts = st.lists(st.sampled_from(BITS), max_size=14).map("".join)
@@ -54,3 +63,8 @@ def test_a_reply_comes_apart_into_reasoning_answer_and_calls() -> None:
 
 def test_reasoning_in_direct_mode_is_answer() -> None:
     assert parse_reply("<think>\nhm\n</think>\n\nyes", "direct").reasoning == ""
+
+
+def test_a_call_nested_too_deeply_is_none() -> None:
+    assert parse_call('{"name": "f", "arguments": ' + "[" * 5000) is None
+    assert not is_well_formed(f"{CALL}{'[' * 5000}{END_CALL}", "direct")

@@ -5,11 +5,10 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from conftest import Pipeline, Said, conversation
 
 from pipeline import cli
 from pipeline.recipe import load_recipe
@@ -26,68 +25,6 @@ GPU_STACK = (
     "accelerate",
     "huggingface_hub",
 )
-# The shape of `tiny`; nothing here needs its weights.
-CONFIG = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "tie_word_embeddings": False,
-}
-RECIPE = (
-    "base: base\n"
-    "data: {sources: [{path: chats.jsonl}], eval: {path: held.jsonl}}\n"
-    "train: {batch_rows: 2, steps: 3}\n"
-)
-
-
-class Said(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Pipeline = Callable[..., Said]
-
-
-@pytest.fixture
-def pipeline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Pipeline:
-    """Runs a command in this process."""
-
-    def run(*arguments: str) -> Said:
-        monkeypatch.setattr(sys, "argv", ["pipeline", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        captured = capsys.readouterr()
-        return Said(int(caught.value.code or 0), captured.out, captured.err)
-
-    return run
-
-
-def conversation(question: str) -> str:
-    messages = [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": "2", "reasoning": "One and one."},
-    ]
-    return json.dumps({"messages": messages}) + "\n"
-
-
-@pytest.fixture
-def workplace(tmp_path: Path, chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current directory with a base, a recipe `mine.yaml` and its data."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(chat_folder, tmp_path / "base")
-    (tmp_path / "base" / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-    for name in ("chats.jsonl", "held.jsonl"):
-        text = "".join(conversation(f"{name} {i}?") for i in range(3))
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    (tmp_path / "mine.yaml").write_text(RECIPE, encoding="utf-8")
-    return tmp_path
 
 
 def assert_one_sentence(said: Said, sentence: str, code: int = 2) -> None:

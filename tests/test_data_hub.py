@@ -12,12 +12,14 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import Pipeline, conversation
 from fake_hub import COMMIT, OLDER, TOKEN, Hub, point_client, serving
 from huggingface_hub import HfFileSystem, constants
 
 from pipeline.data.hub import Pinned, fetch, pin
 from pipeline.errors import DataError
 from pipeline.recipe import Source
+from pipeline.run import Run, read_json
 
 ROW = b'{"text": "hello"}\n'
 CONFIGS = b"""---
@@ -361,3 +363,50 @@ def test_nothing_is_printed_where_nobody_watches(
 def test_datasets_is_not_imported_before_it_is_needed() -> None:
     said = "import sys, pipeline.data.hub; sys.exit('datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", said], check=False).returncode == 0
+
+
+def test_a_run_stays_with_the_commit_it_began_with(
+    hub: Hub, workplace: Path, pipeline: Pipeline
+) -> None:
+    old, new = conversation("old?").encode(), conversation("new?").encode()
+    hub.files = {OLDER: {"train.jsonl": old}, COMMIT: {"train.jsonl": new * 2, "test.jsonl": new}}
+    hub.refs["main"] = OLDER
+    recipe, run = workplace / "mine.yaml", Run.named("mine")
+    recipe.write_text(recipe.read_text().replace("path: chats.jsonl", "hub: acme/talk"))
+
+    first = pipeline("data", "mine.yaml")
+    hub.refs["main"] = COMMIT
+    hub.asked.clear()
+    second = pipeline("data", "mine.yaml")
+    asked = list(hub.asked)
+    pins = run.facts()["hub_datasets"]
+    recipe.write_text(
+        recipe.read_text().replace("acme/talk}", "acme/talk}, {hub: acme/talk, split: test}")
+    )
+    third = pipeline("data", "mine.yaml")
+
+    assert (first.code, first.err) == (second.code, second.err) == (third.code, third.err)
+    assert first.code == 0
+    assert second.out.startswith("data: nothing to do, ")
+    assert asked == []
+    assert pins == {"acme/talk:train": {"commit": OLDER, "files": ["train.jsonl"]}}
+    assert run.facts()["hub_datasets"] == pins | {
+        "acme/talk:test": {"commit": COMMIT, "files": ["test.jsonl"]}
+    }
+    assert read_json(run.data_report)["train"]["rows"] == 2
+
+
+def test_another_pin_makes_the_rows_anew(hub: Hub, workplace: Path, pipeline: Pipeline) -> None:
+    line = conversation("how much?").encode()
+    hub.files = {OLDER: {"train.jsonl": line}, COMMIT: {"train.jsonl": line * 2}}
+    hub.refs["main"] = OLDER
+    recipe, run = workplace / "mine.yaml", Run.named("mine")
+    recipe.write_text(recipe.read_text().replace("path: chats.jsonl", "hub: acme/talk"))
+    pipeline("data", "mine.yaml")
+
+    hub.refs["main"] = COMMIT
+    run.describe(hub_datasets={})
+    said = pipeline("data", "mine.yaml")
+
+    assert said.out.startswith("data: acme/talk:train changed since it ran; running it again\n")
+    assert read_json(run.data_report)["train"]["rows"] == 2

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,3 +66,32 @@ def test_nothing_is_ever_overwritten(tmp_path: Path, name: str) -> None:
 
     assert (tmp_path / "rows.jsonl").read_text() == "precious"
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_rows_that_break_off_leave_nothing(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole.arrow", tmp_path / "broken.arrow"
+    write_rows(whole, ROWS * 1000)
+    broken.write_bytes(whole.read_bytes()[: whole.stat().st_size * 3 // 4])
+
+    with pytest.raises(RunError):
+        dump_rows({"train": whole, "eval": broken}, tmp_path / "rows.jsonl")
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.arrow", "whole.arrow"]
+
+
+def test_nothing_has_the_final_name_before_all_is_written(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.arrow", ROWS * 1000)
+    out, seen = tmp_path / "rows.jsonl", []
+
+    class Parts(dict[str, Path]):
+        """Looks, whenever the next part is asked for, whether the file is there."""
+
+        def items(self) -> Any:
+            for item in super().items():
+                yield item
+                seen.append(out.exists())
+
+    dump_rows(Parts(train=tmp_path / "train.arrow", eval=tmp_path / "train.arrow"), out)
+
+    assert seen == [False, False]
+    assert len(out.read_text("utf-8").splitlines()) == 4000

@@ -297,7 +297,7 @@ def alike(one: Fingerprint, other: Fingerprint) -> bool:
 
 
 @given(few, st.randoms(use_true_random=False))
-@settings(derandomize=True, max_examples=50)  # a signature is a matter of chance, though of a good one
+@settings(derandomize=True, max_examples=50)  # a signature is a matter of chance
 def test_counts_equal_those_of_comparing_all_with_all_in_any_order(tmp_path_factory, drawn, dice):
     given_ones = numbered(drawn)
     parts = [[one for one in given_ones if one.held is held] for held in (False, True)]

@@ -414,12 +414,14 @@ def test_nulls_inside_arguments_are_kept_where_the_file_can_say_them(
 
 @pytest.mark.parametrize(("levels", "is_fine"), [(99, True), (100, False), (900, False)])
 def test_deep_nesting_is_a_fault_of_its_line(tmp_path: Path, levels: int, is_fine: bool) -> None:
-    path = tmp_path / "deep.jsonl"
-    path.write_text('{"a":' + "[" * levels + "1" + "]" * levels + "}\n" + '{"b": 1}\n')
+    deep = '{"a":' + "[" * levels + "1" + "]" * levels + "}"
+    lines, listed = tmp_path / "deep.jsonl", tmp_path / "deep.json"
+    lines.write_text(deep + '\n{"b": 1}\n')
+    listed.write_text(f'[{deep},\n{{"b": 1}}]')
 
-    first, second = read_records(path)
-
-    assert isinstance(first, Record) is is_fine
-    assert isinstance(second, Record)
-    if isinstance(first, DataError):
-        assert str(first) == f"{path}:1: nested more than 100 levels deep"
+    for path in (lines, listed):
+        first, second = read_records(path)
+        assert isinstance(first, Record) is is_fine
+        assert isinstance(second, Record)
+        if isinstance(first, DataError):
+            assert str(first) == f"{path}:1: nested more than 100 levels deep"

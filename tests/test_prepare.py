@@ -5,14 +5,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from pipeline.data import inputs
+from pipeline.data.mix import draw
 from pipeline.data.prepare import prepare
 from pipeline.data.store import read_rows, write_rows
 from pipeline.errors import DataError, RunError
 from pipeline.recipe import Data
 from pipeline.run import read_json
+from pipeline.tree import count_tree_tokens
 
 USER = {"role": "user", "content": "How much is 1+1?"}
 DIRECT = {"role": "assistant", "content": "2"}
@@ -514,3 +517,133 @@ def test_a_switch_does_not_pass_for_thinking(chat_folder: Path, tmp_path: Path) 
 
     assert report["train"]["thinking_rows"] > 0
     assert any(w.startswith("no row in thinking mode") for w in report["warnings"])
+
+
+def test_a_share_is_weighed_against_what_the_others_weigh(tmp_path: Path) -> None:
+    twice, half = numbered(tmp_path / "twice.jsonl", 10), numbered(tmp_path / "half.jsonl", 4)
+    replay = numbered(tmp_path / "replay.jsonl", 30)
+    data = Data(
+        sources=[
+            {"path": str(replay), "share": 0.2, "cap": 11},
+            {"path": str(twice), "weight": 2},
+            {"path": str(half), "weight": 0.5},
+        ]
+    )
+
+    weights = [each.weight for each in inputs.find_inputs(data, {})]
+
+    assert weights == pytest.approx([(10 * 2 + 4 * 0.5) / 0.8 * 0.2 / 11, 2, 0.5])
+
+
+def test_what_is_never_trained_is_no_duplicate_and_no_secret(
+    chat_folder: Path, tmp_path: Path
+) -> None:
+    key = "sk-" + "a8Kd93jfKs0Qmv82" * 2
+    talk = row(USER | {"content": f"My key is {key}."}, DIRECT)
+    source = numbered(tmp_path / "chats.jsonl", 5)
+    unused = write(tmp_path / "unused.jsonl", talk, talk, FINE)
+    held = write(tmp_path / "held.jsonl", FINE)
+    sources = [{"path": str(source)}, {"path": str(unused), "weight": 1e-9}]
+    data = Data(sources=sources, eval={"path": str(held)})
+
+    report = prepare(data, chat_folder, 42, tmp_path / "data")
+
+    assert report["train"]["conversations"] == 5
+    assert report["duplicates"] == report["overlap"] == {"exact": 0, "near": 0, "examples": []}
+    assert report["secrets"] == {}
+
+
+def test_a_weight_of_three_counts_as_three_files_of_the_same(
+    chat_folder: Path, tmp_path: Path
+) -> None:
+    call = {"function": {"name": "f", "arguments": {}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    calls = {"role": "assistant", "tool_calls": [call, call]}
+    talks = [
+        row(USER, calls, {"role": "tool", "content": "2"}, DIRECT, tools=tools),
+        row(USER, THOUGHT, USER, DIRECT),
+    ]
+    lines = {
+        "talks": talks,
+        "texts": [json.dumps({"text": "A text of its own."})],
+        "pairs": [json.dumps({"prompt": "1+1?", "chosen": "2", "rejected": "3"})],
+    }
+    paths = [write(tmp_path / f"{name}.jsonl", *some) for name, some in lines.items()]
+    held = numbered(tmp_path / "held.jsonl", 2, start=1000)
+    weighed = [{"path": str(path), "weight": 3} for path in paths]
+    repeated = [{"path": str(path)} for path in paths * 3]
+
+    one, other = (
+        prepare(Data(sources=sources, eval={"path": str(held)}), chat_folder, 42, tmp_path / name)
+        for name, sources in (("weighed", weighed), ("repeated", repeated))
+    )
+
+    assert one["train"] == other["train"]
+    assert one["histograms"] == other["histograms"]
+    assert (one["train"]["tool_calls"], one["train"]["rows_with_tools"]) == (6, 6)
+    assert (one["train"]["pairs"], one["train"]["rows"]) == (3, 15)
+    pairs = (tmp_path / "weighed" / "train_pairs.arrow").read_bytes()
+    assert pa.ipc.open_stream(pairs).read_all().num_rows == 3
+    assert sorted(sources_of(tmp_path / "weighed" / "train.arrow")) == sorted(
+        sources_of(tmp_path / "repeated" / "train.arrow")
+    )
+
+
+def test_chance_is_another_for_each_purpose_and_each_seed() -> None:
+    def drawn(seed: int, what: str) -> list[bool]:
+        return [draw(seed, what, {"talk": i}) < 0.5 for i in range(400)]
+
+    first = drawn(1, "held")
+
+    assert first == drawn(1, "held")
+    assert 160 < sum(first) < 240
+    for other in (drawn(2, "held"), drawn(1, "copies")):
+        assert 160 < sum(a == b for a, b in zip(first, other, strict=True)) < 240
+
+
+def test_what_is_held_out_says_nothing_of_what_else_is_drawn(
+    chat_folder: Path, tmp_path: Path
+) -> None:
+    talks = (row({"role": "user", "content": f"Say {i}."}, DIRECT) for i in range(200))
+    source = write(tmp_path / "chats.jsonl", *talks)
+    halved = Data(sources=[{"path": str(source), "weight": 0.5}], eval={"share": 0.5})
+    switched = settings(source, eval={"share": 0.5}, soft_switches=0.5)
+
+    half = prepare(halved, chat_folder, 42, tmp_path / "halved")
+    some = prepare(switched, chat_folder, 42, tmp_path / "switched")
+
+    assert 25 < half["train"]["rows"] < 75
+    for part in ("train", "eval"):
+        assert 25 < some[part]["thinking_rows"] < 75
+
+
+def test_an_epoch_is_estimated_by_what_steps_of_sixteen_rows_share(
+    chat_folder: Path, tmp_path: Path
+) -> None:
+    system = {"role": "system", "content": "Be brief, and say it as it is."}
+    talks = (row(system, {"role": "user", "content": f"Say {i}."}, DIRECT) for i in range(40))
+    source = write(tmp_path / "chats.jsonl", *talks)
+    held = numbered(tmp_path / "held.jsonl", 2, start=1000)
+
+    report = prepare(settings(source, eval={"path": str(held)}), chat_folder, 42, tmp_path / "data")
+
+    ids = [(r.prompt_ids, r.completion_ids) for r in read_rows(tmp_path / "data" / "train.arrow")]
+    shared = sum(count_tree_tokens(ids[start : start + 16]) for start in (0, 16, 32))
+    row_tokens = sum(len(prompt) + len(completion) for prompt, completion in ids)
+    assert report["epoch"] == {"row_tokens": row_tokens, "shared_tokens": shared}
+    assert shared < row_tokens
+
+
+def test_places_of_secrets_are_the_first_five_that_differ(
+    chat_folder: Path, tmp_path: Path
+) -> None:
+    key = "sk-" + "a8Kd93jfKs0Qmv82" * 2
+    twice = row(USER | {"content": f"{key} or {key}?"}, DIRECT | {"content": key})
+    once = (row(USER | {"content": f"{i}: {key}"}, DIRECT) for i in range(6))
+    source = write(tmp_path / "chats.jsonl", twice, *once)
+    held = numbered(tmp_path / "held.jsonl", 2, start=1000)
+
+    report = prepare(settings(source, eval={"path": str(held)}), chat_folder, 42, tmp_path / "data")
+
+    places = [f"{source}:{line}" for line in range(1, 6)]
+    assert report["secrets"] == {"OpenAI-style key": {"count": 9, "examples": places}}

@@ -12,18 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from scripted import ScriptedEngine
 
 from pipeline import cli
 from pipeline.chat import END_OF_TURN, Chat
-from pipeline.data.conversation import check_messages, check_tools, is_trained
+from pipeline.data.conversation import Conversation, Record, is_trained
+from pipeline.data.files import read_records
+from pipeline.data.formats import detect, parse
+from pipeline.data.notes import Notes
+from pipeline.data.rows import Row, make_rows
 from pipeline.engine.llamacpp import LlamaCpp
 from pipeline.engine.protocol import Delta, Finish, Sampling
 from pipeline.errors import DataError, EngineError, RunError
-from pipeline.recipe import Replay
+from pipeline.recipe import Data, Replay, Source
 from pipeline.replay.journal import Journal, Reply
 from pipeline.replay.judge import Reason, conversation, judge
 from pipeline.replay.progress import Tally, show_progress
@@ -32,18 +36,39 @@ from pipeline.replay.stage import Answerer, replay
 from pipeline.run import Run
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+NAMELESS: list[dict[str, Any]] = [{"function": {}}, {"function": {"name": []}}, {}]
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
 OTHER = CALL.replace("weather", "wetter")
 GOOD = "<think>\nOne and one.\n</think>\n\nIt is 2."
+
+
+def called(city: str) -> str:
+    return f"<think>\na\n</think>\n\n{CALL}".replace('"Zürich"', city)
 
 
 def user(text: str, **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], **more}
 
 
+def after(*earlier: dict[str, Any]) -> str:
+    return json.dumps({"messages": [*earlier, {"role": "user", "content": "?"}]})
+
+
 def write_prompts(path: Path, *rows: Any) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def train_rows(file: Path, chat: Chat) -> list[Row]:
+    """What the data stage makes of a source with its defaults."""
+    data = Data(sources=(Source(path=str(file)),))
+    rows = []
+    for record in read_records(file):
+        assert isinstance(record, Record)
+        sample = parse(record, detect(record))
+        assert isinstance(sample, Conversation)
+        rows += make_rows(sample, chat, data, 0, Notes())
+    return rows
 
 
 def test_prompts_are_read_in_order_with_their_place_and_labels(tmp_path: Path, chat: Chat) -> None:
@@ -62,23 +87,25 @@ def test_prompts_are_read_in_order_with_their_place_and_labels(tmp_path: Path, c
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ("[]", "not a JSON object"),
-        ('{"kind": "poem"}', "a prompt needs `messages`, a list with at least one message"),
-        ('{"messages": []}', "a prompt needs `messages`, a list with at least one message"),
+        ("{", "not JSON: Expecting property name"),
+        ("[" * 100_000, "not JSON: it is nested too deeply"),
+        ("[]", "a prompt must be a JSON object such as"),
+        ('{"kind": "poem"}', "a prompt must be a JSON object such as"),
+        ('{"messages": []}', "messages must be a list with at least one item"),
         ('{"messages": ["Hello"]}', "message 0 is not a JSON object"),
         ('{"messages": [{"role": "robot"}]}', "message 0: role 'robot' is none of"),
         ('{"messages": [{"role": "user", "content": 7}]}', "message 0: content must be text"),
         ('{"messages": [{"role": "user", "content": " "}]}', "the last message must be the user's"),
         ('{"messages": [{"role": "system", "content": "."}]}', "the last message must be the user"),
-        (json.dumps(user("?", tools={"name": "a"})), "tools must be a list of functions"),
-        (json.dumps(user("?", tools=[{"function": {}}])), "tools must be a list of functions"),
-        (json.dumps(user("\ud800")), "the base's template cannot express these messages"),
+        (json.dumps(user("?", tools={"name": "a"})), "tools must be a list of JSON objects"),
+        (json.dumps(user("?", tools=["a"])), "tools must be a list of JSON objects"),
+        (json.dumps(user("\ud800")), "\\ud800 is half a character"),
+        (after({"role": "user", "content": ".", "train": True}), "message 0: only assistant turns"),
+        (after({"role": "assistant", "content": " "}), "message 0: an assistant turn with neither"),
+        (after({"role": "assistant", "tool_calls": [7]}), "message 0: a tool call has no function"),
         (
-            '{"messages": [{"role": "assistant", "tool_calls": [7]}, {"role": "user", '
-            '"content": "?"}]}',
-            "the base's template cannot express these messages",
+            after({"role": "assistant", "function_call": {"name": "f", "arguments": "{a"}}),
+            "message 0: a tool call's arguments are not a JSON object",
         ),
         (json.dumps(user("Hello?", kind="other")), "the prompt of line 1 once more; remove one"),
     ],
@@ -94,6 +121,23 @@ def test_a_line_that_cannot_be_asked_is_named(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "r" * 10**6}]},
+        {"messages": [{"role": "user", "content": [{"type": "t\n" * 10**6}]}]},
+    ],
+    ids=["role", "part"],
+)
+def test_a_fault_does_not_repeat_the_file(tmp_path: Path, chat: Chat, row: Any) -> None:
+    file = write_prompts(tmp_path / "prompts.jsonl", row)
+    with pytest.raises(DataError) as caught:
+        read_prompts(file, chat)
+    assert str(caught.value).startswith(f"{file}:1: message 0: ")
+    assert len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
+
+
 def test_the_prompts_here_can_all_be_asked(chat: Chat) -> None:
     prompts = read_prompts(Path(__file__).parents[1] / Replay().prompts, chat)
     assert len(prompts) >= 200
@@ -104,9 +148,9 @@ def test_a_file_that_is_none_is_one_sentence(tmp_path: Path, chat: Chat) -> None
     (tmp_path / "latin").write_bytes(b"\xe4\n")
     (tmp_path / "empty").write_bytes(b"\n \n")
     for name, words in (
-        ("latin", "is not UTF-8"),
-        ("empty", "holds no prompts"),
-        ("gone", "No such file or directory; replay.prompts must name a JSONL file"),
+        ("latin", "latin:1: not UTF-8 text"),
+        ("empty", "is empty"),
+        ("gone", "gone is missing; replay.prompts must name a JSONL file"),
         ("", "Is a directory"),
     ):
         with pytest.raises(DataError, match=words):
@@ -142,10 +186,16 @@ def prompt(chat: Chat, *, tools: Sequence[dict[str, Any]] = (), **labels: str) -
         ("<think>\n \n</think>\n\nIt is 2.", "stop", [], "blank"),
         (f"<think>\na\n</think>\n\n{CALL}", "stop", [], "foreign tool"),
         (f"<think>\na\n</think>\n\n{OTHER}", "stop", [WEATHER], "foreign tool"),
+        (f"<think>\na\n</think>\n\n{CALL}", "stop", NAMELESS, "foreign tool"),
         (f"{GOOD}<|im_start|>user\nMore?", "stop", [], "control token"),
         (f"{GOOD}<tool_response>", "stop", [], "control token"),
         (f"<think>\na\n</think>\n\n{CALL}\nThere.", "stop", [WEATHER], "inexact"),
         (f"<think>\na\n</think>\n\n{CALL}".replace(": ", ":"), "stop", [WEATHER], "inexact"),
+        (called("NaN"), "stop", [WEATHER], "inexact"),
+        (called("[" * 150 + "]" * 150), "stop", [WEATHER], "inexact"),
+        (called('"\\ud800"'), "stop", [WEATHER], "inexact"),
+        (called("[null, 1e3]"), "stop", [WEATHER], "inexact"),
+        (called("[null, 1.5]"), "stop", [WEATHER], None),
     ],
 )
 def test_a_reply_is_kept_or_its_fault_named(
@@ -182,32 +232,39 @@ def test_only_the_bases_own_reply_is_trained(chat: Chat) -> None:
             }
         ],
     }
-    messages = check_messages(written["messages"])
-    trained = [m for m in messages if m["role"] == "assistant" and is_trained(m)]
+    sample = parse(Record(written, Path("replay.jsonl"), 1), "messages")
+    assert isinstance(sample, Conversation)
+    trained = [m for m in sample.messages if m["role"] == "assistant" and is_trained(m)]
     assert trained == [written["messages"][-1]]
-    assert check_tools(written["tools"]) == (WEATHER,)
+    assert sample.tools == (WEATHER,)
 
 
 breaks = ["\n", "\n\n", " ", "\r\n", "\x00", "{", "a"]
-tags = ["<think>", "</think>", "<tool_call>", "</tool_call>", CALL, END_OF_TURN, "<|im_start|>"]
+calls = [CALL, CALL.replace('"Zürich"', "NaN")]
+tags = ["<think>", "</think>", "<tool_call>", "</tool_call>", *calls, END_OF_TURN, "<|im_start|>"]
 letters = ["é", "e\u0301", "日本", "👩\u200d👩\u200d👧", "\U0010fffd"]
 odd = st.sampled_from([*breaks, *tags, *letters])
 texts = st.lists(odd | st.text(max_size=5), max_size=6).map("".join)
 
 
 @given(reasoning=texts, answer=texts, has_tools=st.booleans())
+@settings(deadline=None)
 def test_what_is_kept_is_asked_and_learnt_as_it_was_said(
-    chat: Chat, reasoning: str, answer: str, has_tools: bool
+    chat: Chat,
+    tmp_path_factory: pytest.TempPathFactory,
+    reasoning: str,
+    answer: str,
+    has_tools: bool,
 ) -> None:
     text = f"<think>\n{reasoning}\n</think>\n\n{answer}"
     asked = prompt(chat, tools=[WEATHER] if has_tools else [])
     if judge(asked, text, "stop", chat) is not None:
         return
-    written = json.loads(json.dumps(conversation(asked, text)))
-    *_, turn = chat.turns(written["messages"], written.get("tools"))
-    assert turn.mode == "thinking"
-    assert turn.prompt_ids == asked.ids
-    learnt = chat.decode(turn.completion_ids)
+    file = tmp_path_factory.getbasetemp() / "kept.jsonl"
+    [row] = train_rows(write_prompts(file, conversation(asked, text)), chat)
+    assert row.mode == "thinking"
+    assert row.prompt_ids == asked.ids
+    learnt = chat.decode(row.completion_ids)
     assert learnt.replace("\n", "") == (text + END_OF_TURN).replace("\n", "")
     if "<tool_call>" not in text and not reasoning.endswith("\n"):
         assert learnt == text + END_OF_TURN
@@ -361,6 +418,90 @@ def test_a_second_run_has_nothing_to_do(place: Workplace) -> None:
     assert place.num_written == 1
 
 
+OLD_WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
+OLD_CALL = [
+    {"role": "user", "content": "Rain?"},
+    {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": "{}"}},
+    {"role": "function", "name": "weather", "content": "No."},
+]
+CACHED = WEATHER | {"cache_control": {"type": "ephemeral"}}
+SAID = [{"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes?", "weight": 1}]
+LAST = {"role": "user", "content": "Question?"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        user("Question?", tools=[OLD_WEATHER]),
+        user("Question?", functions=[OLD_WEATHER]),
+        user("Question?", tools=json.dumps([WEATHER])),
+        user("Question?", tools=[CACHED]),
+        user("Question?", tools=NAMELESS),
+        {"messages": [*OLD_CALL, LAST], "tools": [WEATHER]},
+        {"messages": json.dumps([LAST]), "tools": None},
+        {"messages": [{"role": "developer", "content": "Be kind."}, LAST, *SAID, LAST]},
+        {"messages": [*SAID, {"role": "user", "content": [{"type": "text", "text": "Question?"}]}]},
+    ],
+)
+def test_what_is_asked_is_what_the_data_stage_trains(place: Workplace, row: dict[str, Any]) -> None:
+    write_prompts(place.prompts, row)
+    place.replay()
+
+    [(asked_ids, _)] = place.base.asked
+    [trained] = train_rows(Run(place.folder / "mine").replay, place.chat)
+    assert trained.prompt_ids == asked_ids
+    said = own_words("Question?", place.base.asked[0][1])
+    assert place.chat.decode(trained.completion_ids) == said + END_OF_TURN
+
+
+def test_an_older_tool_may_be_called(place: Workplace) -> None:
+    write_prompts(place.prompts, user("Question?", tools=[OLD_WEATHER]))
+    place.base.say = lambda *_: f"<think>\na\n</think>\n\n{CALL}"
+    tally, _ = place.replay()
+    assert tally.num_kept == 1
+
+
+def test_two_prompts_with_one_seed_are_two_questions(place: Workplace) -> None:
+    place.ask_for("Riddle 46853?", "Riddle 125190?")
+    tally, _ = place.replay(seed=1)
+
+    assert len({sampling.seed for _, sampling in place.base.asked}) == 1, "choose other riddles"
+    assert len(place.base.asked) == tally.num_kept == 2
+    answers = [row["messages"][1]["content"] for row in place.read()]
+    assert answers == ["You asked: Riddle 46853?", "You asked: Riddle 125190?"]
+
+
+def test_asking_all_again_is_something_done_even_if_the_text_is_the_same(place: Workplace) -> None:
+    place.replay()
+    run = Run(place.folder / "mine")
+    before = run.replay.read_bytes()
+    run.replay_journal.unlink()
+
+    assert place.replay()[1]
+    assert place.base.questions == ALL
+    assert run.replay.read_bytes() == before
+
+
+def test_a_run_stopped_before_it_was_described_is_described(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Run, "describe", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            place.replay()
+    run = Run(place.folder / "mine")
+    assert run.replay.is_file()
+    assert run.facts() == {"stages": {}}
+
+    tally, is_new = place.replay()
+    assert not is_new
+    assert run.facts()["replay"] == tally.facts()
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_lost_file_is_written_again_without_asking(place: Workplace) -> None:
     place.replay()
     file = place.folder / "mine" / "replay.jsonl"
@@ -457,7 +598,7 @@ def test_a_base_that_does_not_think_is_told(place: Workplace) -> None:
 
 def test_the_whole_file_is_checked_before_the_base_is_written(place: Workplace) -> None:
     write_prompts(place.prompts, user("Fine?"), {})
-    with pytest.raises(DataError, match=r"prompts\.jsonl:2: a prompt needs `messages`"):
+    with pytest.raises(DataError, match=r"prompts\.jsonl:2: a prompt must be a JSON object"):
         place.replay()
     assert place.num_written == 0
     assert not (place.folder / "mine").exists()

@@ -451,3 +451,53 @@ def test_a_control_token_that_is_not_the_templates_own_is_refused(
     assert str(caught.value) == (
         "chats.jsonl:7: message 1: the row holds control tokens that are not the template's own"
     )
+
+
+@pytest.mark.parametrize("is_chosen_longer", [True, False])
+def test_a_pair_is_as_long_as_its_longer_answer(chat: Chat, is_chosen_longer: bool) -> None:
+    short, long = DIRECT, answer("2, for one and one are two.")
+    chosen, rejected = (long, short) if is_chosen_longer else (short, long)
+    (whole,) = rows_of(chat, Notes(), USER, long)
+    size = len(whole.prompt_ids) + len(whole.completion_ids)
+    fits = Data(sources=[{"path": "x"}], max_tokens=size)
+    tight = fits.model_copy(update={"max_tokens": size - 1})
+    notes = Notes()
+
+    assert len(make_pair_rows(pair(chosen, rejected), chat, fits, notes)) == 1
+    assert not notes.counts
+    assert make_pair_rows(pair(chosen, rejected), chat, tight, notes) == []
+    assert notes.counts == {"overlong": 1}
+    assert f"the row has {size} tokens" in notes.examples["overlong"][0]
+    refusing = tight.model_copy(update={"overlong": "refuse"})
+    with pytest.raises(DataError, match=rf"^pairs.jsonl:2: .* has {size} tokens, .* {size - 1};"):
+        make_pair_rows(pair(chosen, rejected), chat, refusing, notes)
+
+
+def test_thinking_never_leaves_the_reasoning_of_pairs_out(chat: Chat) -> None:
+    data = Data(sources=[{"path": "x"}], thinking="never")
+    earlier = (USER, THOUGHT, USER)
+
+    def with_history(chosen: dict[str, Any], rejected: dict[str, Any]) -> Pair:
+        return Pair(earlier, (), (chosen,), (rejected,), Path("pairs.jsonl"), 2)
+
+    plain = make_pair_rows(with_history(DIRECT, answer("3")), chat, data, Notes())
+
+    assert [row.mode for row in plain] == ["direct"]
+    assert make_pair_rows(with_history(THOUGHT, answer("3", "So?")), chat, data, Notes()) == plain
+    assert make_pair_rows(with_history(THOUGHT, answer("3")), chat, data, Notes()) == plain
+
+
+def test_a_text_that_the_tokenizer_would_change_is_refused(
+    chat_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(chat_folder, tmp_path / "base")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace("2", "3")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    lossy, data = Chat(folder), Data(sources=[{"path": "x"}])
+
+    (row,) = make_text_rows(Document("cafe\u0301", Path("t.jsonl"), 3), lossy, data, Notes())
+    with pytest.raises(DataError, match=r"^t.jsonl:3: the text's ids do not decode to it$"):
+        make_text_rows(Document("1+1=2", Path("t.jsonl"), 3), lossy, data, Notes())
+
+    assert lossy.decode(row.completion_ids) == "caf\u00e9<|endoftext|>"

@@ -214,3 +214,17 @@ def test_the_hashes_of_the_base_are_kept_so_that_it_is_read_once(context: Contex
     files["model.safetensors"]["sha256"] = "0"
     context.run.describe(base_files=files)
     assert context.base_hash() != first
+
+
+def test_another_commit_of_a_hub_data_set_is_noticed_by_the_data_alone(context: Context) -> None:
+    data = {"sources": [{"path": "a.jsonl"}, {"hub": "acme/talk"}, {"hub": "acme/code"}]}
+    mixed = with_recipe(context, data=data)
+    pins = {f"acme/{name}:train": {"commit": "1", "files": []} for name in ("talk", "code")}
+    context.run.describe(hub_datasets=pins)
+    context.run.record("data", find_stage("data").inputs(mixed), [context.run.data])
+    assert stale(mixed) == {}
+
+    moved = {"acme/talk:train": {"commit": "2", "files": []}}
+    context.run.describe(hub_datasets=pins | moved)
+
+    assert stale(mixed) == {"data": ["acme/talk:train"]}

@@ -110,7 +110,7 @@ def parse_call(text: str) -> ToolCall | None:
     """A call from the text between its tags; None where it is not a call."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None

@@ -7,12 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.conversation import Record
-from pipeline.data.strict_json import (
-    DECODER,
-    HALF_CHARACTERS,
-    explain_json,
-    refuse_half_characters,
-)
+from pipeline.data.strict_json import DECODER, check_value, explain_json
 from pipeline.errors import DataError
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -21,8 +16,8 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 def read_json_text(path: Path, text: str) -> Iterator[Record | DataError]:
     """Records that stand in one list, or one after the other without one.
 
-    A half character is given as its record's fault; DataError is raised where the text ends being
-    JSON.
+    Half a character or deep nesting is given as its record's fault; DataError is raised where the
+    text ends being JSON.
     """
     reader = _Reader(path, text)
     return reader.read_list() if reader.take("[") else reader.read_values()
@@ -90,9 +85,8 @@ class _Reader:
                 place = f" at character {error.colno}"
             raise self.fault(explain_json(error) + place) from error
         self.move(end)
-        if any(self.text.find(half, begin, end) >= 0 for half in HALF_CHARACTERS):
-            try:
-                refuse_half_characters(value)
-            except DataError as error:
-                return DataError.at(self.path, line, str(error))
+        try:
+            check_value(value, self.text[begin:end])
+        except DataError as error:
+            return DataError.at(self.path, line, str(error))
         return Record(value, self.path, line)

@@ -23,15 +23,17 @@ def parse_json(text: str) -> Any:
     except (ValueError, RecursionError) as error:
         place = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"not JSON: {explain_json(error)}{place}") from error
-    if any(half in text for half in HALF_CHARACTERS):
-        refuse_half_characters(value)
-    if (
-        text.count("[") + text.count("{") > MAX_DEPTH
-        and isinstance(value, dict | list)
-        and _is_deep(value)
-    ):
-        raise DataError(f"nested more than {MAX_DEPTH} levels deep")
+    check_value(value, text)
     return value
+
+
+def check_value(value: Any, text: str) -> None:
+    """Raise DataError if a value read from a text holds half a character or nests too deeply."""
+    if any(half in text for half in HALF_CHARACTERS):
+        _refuse_half_characters(value)
+    is_container = isinstance(value, dict | list)
+    if is_container and text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(value):
+        raise DataError(f"nested more than {MAX_DEPTH} levels deep")
 
 
 def _is_deep(value: dict[str, Any] | list[Any]) -> bool:
@@ -51,7 +53,7 @@ def explain_json(error: ValueError | RecursionError) -> str:
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
-def refuse_half_characters(value: Any) -> None:
+def _refuse_half_characters(value: Any) -> None:
     """Raise DataError if a text of a JSON-like value holds one half of a character alone."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
