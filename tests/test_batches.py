@@ -93,7 +93,7 @@ def test_nobody_goes_on_for_one_who_wants_no_more(chat_folder: Path, tmp_path: P
 
     batches.close()  # type: ignore[attr-defined]
 
-    assert [process.exitcode for process in processes if process.exitcode == 0] == []
+    assert [process.exitcode for process in processes if process.exitcode != 0] == []
     assert multiprocessing.active_children() == []
     assert not any(psutil.pid_exists(pid) for pid in workers)
 

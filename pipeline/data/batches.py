@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -181,15 +182,24 @@ def _make_side_by_side(jobs: Iterator[Job], maker: tuple[Data, int, Path]) -> It
         waiting: deque[Future[Batch]] = deque()
         try:
             for job in jobs:
-                waiting.append(pool.submit(_make, job))
+                with _interrupts_blocked():
+                    waiting.append(pool.submit(_make, job))
                 if len(waiting) > 2 * num_processes:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            if waiting:  # something went wrong, or nobody wants the rest: do not wait for it
-                for process in multiprocessing.active_children():
-                    process.kill()
+            pool.shutdown(cancel_futures=True)  # it may be that nobody wants the rest
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes that are started meanwhile never hear of Ctrl-C: it is this one's to answer."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _num_cores() -> int:
@@ -203,9 +213,8 @@ _maker: Maker | None = None  # of a worker process: it lives as long as the proc
 
 
 def _start(data: Data, seed: int, base: Path) -> None:
-    """Set a worker process up: it ends with its parent, and Ctrl-C is the parent's to answer."""
+    """Set a worker process up: it ends with its parent."""
     global _maker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _maker = Maker(data, seed, Chat(base))
 

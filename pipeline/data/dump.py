@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import pyarrow as pa
+
 from pipeline.data.store import read_rows
 from pipeline.errors import RunError
 
@@ -36,6 +38,9 @@ def dump_rows(parts: Mapping[str, Path], out: Path) -> None:
                     }
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
         temporary.replace(out)
+    except pa.ArrowException as error:
+        raise RunError(f"{path} is no file of rows; run `pipeline data` again") from error
     except OSError as error:
+        raise RunError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise RunError(f"{out} cannot be written: {error.strerror}") from error
