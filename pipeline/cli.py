@@ -157,7 +157,7 @@ def train(target: Target, overrides: Sets = None) -> None:
     def work(context: Context) -> None:
         from pipeline.environment import describe
         from pipeline.plan import predict
-        from pipeline.train import train as fit
+        from pipeline.train.stage import train as fit
 
         run, recipe = context.run, context.recipe
         run.describe(**describe(), seed=recipe.train.seed)

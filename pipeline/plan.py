@@ -61,10 +61,10 @@ def predict(settings: Train, base: Path, counts: dict[str, int]) -> dict[str, An
     shape = read_shape(base)
     row_tokens = counts["prompt_tokens"] + counts["supervised_tokens"]
     mean_tokens = row_tokens / max(1, counts["rows"])
-    steps = settings.steps or math.ceil(
-        (settings.epochs or 1) * counts["rows"] / settings.batch_rows
-    )
-    micro_tokens = settings.micro_rows * counts.get("longest_row", int(mean_tokens))
+    num_rows = max(1, round((settings.epochs or 1) * counts["rows"]))
+    steps = settings.steps or math.ceil(num_rows / settings.batch_rows)
+    step_tokens = int(settings.batch_rows * mean_tokens)
+    micro_tokens = max(counts["longest_row"], min(settings.micro_tokens, step_tokens))
     memory = _memory(settings, shape, micro_tokens)
     passes = 6 if settings.checkpointing == "full" else 4
     return {

@@ -152,8 +152,12 @@ class Train(Section):
     seed: NonNegativeInt = 42
     batch_rows: PositiveInt = 16
     """Rows an optimizer step learns from."""
-    micro_rows: PositiveInt = 1
-    """Rows in memory at once; batch_rows must be a multiple of it."""
+    packing: Literal["tree", "none"] = "tree"
+    """tree: a beginning that rows of a step share, such as the history of a conversation, is
+    computed once. none: every row by itself. The loss and the gradients are the same; under dropout
+    they are so in expectation only."""
+    micro_tokens: PositiveInt = 4096
+    """Tokens in memory at once; a longer row is by itself."""
     learning_rate: PositiveFloat = 2e-4
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     warmup_steps: NonNegativeInt = 10
@@ -167,10 +171,6 @@ class Train(Section):
     def _consistent(self) -> "Train":
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give either epochs or steps, not both")
-        if self.batch_rows % self.micro_rows:
-            raise ValueError(
-                f"batch_rows {self.batch_rows} is not a multiple of micro_rows {self.micro_rows}"
-            )
         if self.method == "qlora" and self.dtype == "float32":
             raise ValueError("qlora computes in bfloat16; remove dtype: float32 or use lora")
         wanted = self.target_modules if isinstance(self.target_modules, tuple) else ()

@@ -21,7 +21,7 @@ from pipeline.base.nf4 import as_trained, load_as_trained, quantised_weights
 from pipeline.errors import PipelineError, RunError
 from pipeline.merge import merge
 from pipeline.recipe import Train
-from pipeline.train import load_base
+from pipeline.train.model import load_base
 
 IDS = torch.arange(48)[None] * 5 % 256
 

@@ -102,6 +102,16 @@ def test_without_checkpointing_there_is_more_to_hold_and_less_to_compute(tmp_pat
         assert peak == sum(parts)
 
 
+@pytest.mark.parametrize(("micro_tokens", "held"), [(10, 150), (400, 400), (10**6, 1600)])
+def test_at_least_the_longest_row_is_held_and_at_most_a_step(
+    tmp_path: Path, micro_tokens: int, held: int
+) -> None:
+    base = written(tmp_path, CONFIG)
+    memory = predict(Train(batch_rows=16, micro_tokens=micro_tokens), base, COUNTS)["memory_bytes"]
+    assert memory["logits"] == held * 320 * 4 * 2
+    assert memory["activations"] == held * 2 * 64 * 2
+
+
 def test_every_head_has_its_own_keys_unless_the_config_says_otherwise(tmp_path: Path) -> None:
     assert read_shape(written(tmp_path, without("num_key_value_heads"))).key_heads == 4
     assert read_shape(written(tmp_path, CONFIG)).key_heads == 2

@@ -90,10 +90,8 @@ def test_all_faults_are_told_at_once(path: Path) -> None:
     ("section", "said"),
     [
         ("train: {epochs: 1, steps: 2}", "train: give either epochs or steps, not both"),
-        (
-            "train: {batch_rows: 4, micro_rows: 3}",
-            "train: batch_rows 4 is not a multiple of micro_rows 3",
-        ),
+        ("train: {packing: bfd}", "train.packing: Input should be 'tree' or 'none'"),
+        ("train: {micro_tokens: 0}", "train.micro_tokens: Input should be greater than 0"),
         ("train: {method: qlora, dtype: float32}", "train: qlora computes in bfloat16"),
         ("name: a/b", "name: String should match pattern"),
     ],

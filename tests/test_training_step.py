@@ -9,23 +9,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from trainers import build_trainer, fill_adapter, settings
 from transformers import AutoTokenizer
 
 from pipeline.chat import Chat
 from pipeline.data.rows import Row
 from pipeline.data.store import write_rows
-from pipeline.errors import BaseError, RecipeError
-from pipeline.recipe import Train
-from pipeline.train import (
-    IGNORED,
-    SupervisedTrainer,
-    _arguments,
-    keep_adapter_in_float32,
-    labelled,
-    load_base,
-    train,
-    with_adapter,
-)
+from pipeline.errors import BaseError, RecipeError, RunError
+from pipeline.train.attention import dense_mask
+from pipeline.train.model import load_base, with_adapter
+from pipeline.train.stage import read_steps, train
+from pipeline.tree import IGNORED
 
 TALKS = (
     ("Is it open?", "", "Yes, until nine."),
@@ -33,20 +27,6 @@ TALKS = (
     ("Wer bist du?", "", "Ein kleines Modell."),
     ("Where is my parcel?", "Parcels take a day. It left today.", "It comes tomorrow."),
 )
-FAST = {
-    "rank": 4,
-    "alpha": 8,
-    "batch_rows": 4,
-    "micro_rows": 2,
-    "learning_rate": 0.02,
-    "warmup_steps": 0,
-    "schedule": "constant_with_warmup",
-    "checkpointing": "none",
-}
-
-
-def settings(**values: Any) -> Train:
-    return Train.model_validate(FAST | {"steps": 2} | values)
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +63,18 @@ def trained(
     return run
 
 
+KEYS = {
+    "step",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "num_supervised_tokens",
+    "num_tokens",
+    "num_row_tokens",
+    "seconds",
+}
+
+
 def read_metrics(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -91,19 +83,22 @@ def adapter_weights(out: Path) -> dict[str, torch.Tensor]:
     return dict(load_file(out / "adapter" / "adapter_model.safetensors"))
 
 
-def test_labels_cover_exactly_the_completion(
-    tiny_base: Path, rows: list[Row], rows_file: Path
+@pytest.mark.parametrize("packing", ["tree", "none"])
+def test_labels_cover_exactly_the_completions(
+    tiny_base: Path, rows: list[Row], rows_file: Path, packing: str
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    dataset = labelled(rows_file, rows_file.parent)
-    assert len(dataset) == len(TALKS)
-    for (_, reasoning, answer), row, example in zip(TALKS, rows, dataset, strict=True):
-        thought = f"<think>\n{reasoning}\n</think>\n\n" if reasoning else ""
-        learnt = [label for label in example["labels"] if label != IGNORED]
-        assert tokenizer.decode(learnt) == f"{thought}{answer}<|im_end|>"
-        assert example["input_ids"] == row.prompt_ids + row.completion_ids
-        assert example["labels"][: len(row.prompt_ids)] == [IGNORED] * len(row.prompt_ids)
-        assert example["length"] == len(example["labels"]) == len(example["input_ids"])
+    packs = read_steps(rows_file, settings(packing=packing), 1)([{"share": 0}])["packs"]
+    assert len(packs) > 1, "so many rows are more than one micro-batch"
+    texts = []
+    for pack in packs:
+        labels = pack["labels"][0]
+        learnt = labels != IGNORED
+        assert torch.equal(labels[learnt], pack["input_ids"][0][learnt])
+        texts += tokenizer.decode(labels[learnt]).split("<|im_end|>")
+    expected = {f"<think>\n{why}\n</think>\n\n{text}" if why else text for _, why, text in TALKS}
+    assert len(texts) == len(TALKS) + len(packs)
+    assert set(texts) == expected | {""}
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
@@ -127,26 +122,9 @@ def test_the_adapter_is_on_every_linear_layer_moved_and_float32(trained: Any, me
     assert not any("embed" in name or "lm_head" in name for name in weights)
 
 
-def build(base: Path, rows_file: Path, out: Path, **values: Any) -> SupervisedTrainer:
-    """A trainer as `train` builds it."""
-    chosen = settings(**values)
-    torch.manual_seed(chosen.seed)
-    model = with_adapter(load_base(base, chosen), chosen)
-    trainer = SupervisedTrainer(
-        model=model,
-        args=_arguments(chosen, out),
-        train_dataset=labelled(rows_file, rows_file.parent),
-        processing_class=AutoTokenizer.from_pretrained(base),
-    )
-    keep_adapter_in_float32(model)
-    return trainer
-
-
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_frozen_weights_keep_every_bit(
-    tiny_base: Path, rows_file: Path, tmp_path: Path, method: str
-) -> None:
-    trainer = build(tiny_base, rows_file, tmp_path, method=method)
+def test_frozen_weights_keep_every_bit(tiny_base: Path, rows_file: Path, method: str) -> None:
+    trainer = build_trainer(tiny_base, rows_file, method=method)
 
     def frozen() -> dict[str, str]:
         return {
@@ -164,50 +142,28 @@ def test_frozen_weights_keep_every_bit(
     assert all(p.dtype == torch.float32 for p in moving)
 
 
-def gradients(trainer: SupervisedTrainer, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    trainer.model.zero_grad()
-    loss.backward()
-    return {
-        name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None
-    }
+def test_the_cheap_loss_on_a_cpu_is_that_of_trls_head(tiny_base: Path, rows_file: Path) -> None:
+    trainer = build_trainer(tiny_base, rows_file, dtype="float32", micro_tokens=4096)
+    (pack,) = next(iter(trainer.get_train_dataloader()))["packs"]
+    fill_adapter(trainer.model)
 
-
-@pytest.mark.parametrize("num_items", [None, 37])
-def test_the_cheap_loss_on_a_cpu_is_trls_own(
-    tiny_base: Path, rows_file: Path, tmp_path: Path, num_items: int | None
-) -> None:
-    trainer = build(tiny_base, rows_file, tmp_path, dtype="float32", micro_rows=4)
-    inputs = next(iter(trainer.get_train_dataloader()))
-    assert not inputs["attention_mask"].all(), "rows of unlike length are padded"
-    count = None if num_items is None else torch.tensor(num_items)
-    with torch.no_grad():
-        for name, parameter in trainer.model.named_parameters():
-            if ".lora_B." in name:  # zeros would hide the gradient of A
-                parameter.normal_(0, 0.05)
-
-    ours = trainer.compute_loss(trainer.model, dict(inputs), num_items_in_batch=count)
-    our_gradients = gradients(trainer, ours)
-    base = super(SupervisedTrainer, trainer)
-    theirs = base.compute_loss(trainer.model, dict(inputs), False, count)
-    their_gradients = gradients(trainer, theirs)
+    ours = trainer.sum_loss(trainer.model, pack)
+    theirs = -trainer.model(
+        input_ids=pack["input_ids"],
+        position_ids=pack["position_ids"],
+        attention_mask=dense_mask(pack["ends"]),
+        labels=pack["labels"],
+        fused_lm_head=True,
+    ).log_probs.sum()
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    our_gradients = torch.autograd.grad(ours, parameters)
+    their_gradients = torch.autograd.grad(theirs, parameters)
 
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
-    assert our_gradients.keys() == their_gradients.keys()
-    for name, gradient in our_gradients.items():
-        scale = float(their_gradients[name].abs().max())
+    for our, their in zip(our_gradients, their_gradients, strict=True):
+        scale = float(their.abs().max())
         assert scale > 0
-        torch.testing.assert_close(gradient, their_gradients[name], rtol=1e-4, atol=1e-5 * scale)
-
-
-def test_the_loss_with_outputs_is_trls_own(
-    tiny_base: Path, rows_file: Path, tmp_path: Path
-) -> None:
-    trainer = build(tiny_base, rows_file, tmp_path, dtype="float32")
-    inputs = next(iter(trainer.get_train_dataloader()))
-    cheap = trainer.compute_loss(trainer.model, dict(inputs))
-    with pytest.warns(FutureWarning, match="return_outputs"):
-        loss, _ = trainer.compute_loss(trainer.model, dict(inputs), return_outputs=True)
-    assert loss.item() == pytest.approx(cheap.item(), rel=1e-5)
+        torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-5 * scale)
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(
@@ -225,12 +181,14 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(
 def test_the_log_has_a_line_a_step_and_its_counts_add_up(trained: Any, rows: list[Row]) -> None:
     out, measured = trained("lora")
     lines = read_metrics(out)
+    assert all(set(line) == KEYS for line in lines)
     assert [line["step"] for line in lines] == [1, 2]
     num_learnt = sum(len(row.completion_ids) for row in rows)
     num_prompt = sum(len(row.prompt_ids) for row in rows)
     for line in lines:  # both steps see all four rows
         assert line["num_supervised_tokens"] == num_learnt
-        assert line["num_tokens"] == num_learnt + num_prompt
+        assert line["num_row_tokens"] == num_learnt + num_prompt
+        assert num_learnt < line["num_tokens"] <= line["num_row_tokens"]
         assert line["seconds"] > 0
         assert line["grad_norm"] > 0
         assert line["learning_rate"] == 0.02
@@ -264,6 +222,12 @@ def test_training_that_stops_leaves_no_scratch_folder(tiny_base: Path, tmp_path:
     with pytest.raises(FileNotFoundError):
         train(settings(), tiny_base, tmp_path / "none.arrow", tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_file_without_rows_is_one_sentence(tmp_path: Path) -> None:
+    write_rows(tmp_path / "none.arrow", [])
+    with pytest.raises(RunError, match=r"none\.arrow holds no rows: preference pairs alone"):
+        read_steps(tmp_path / "none.arrow", settings(), 1)
 
 
 def test_a_base_that_cannot_be_loaded_is_one_sentence(tmp_path: Path) -> None:

@@ -1,0 +1,129 @@
+"""One training of the benchmark, run as a child: ours, or stock TRL on the same rows unrolled.
+
+`python -m pipeline.bench.fit KIND BASE ROWS SETTINGS` prints one line of JSON. KIND is `tree` or
+`none`, our packings, or `padded` or `bfd`, TRL's; SETTINGS is a recipe's `train` section as JSON.
+"""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from pipeline.recipe import Train
+from pipeline.train.model import keep_adapter_in_float32, load_base, with_adapter
+from pipeline.train.stage import train
+from pipeline.tree import IGNORED
+
+MICRO_ROWS = 4
+"""Rows TRL pads to one length; of 2, 4 and 8 the best on two cores."""
+
+
+def fit_ours(packing: str, base: Path, rows: Path, settings: Train) -> dict[str, float]:
+    """Train with the train stage; what metrics.jsonl says, summed up."""
+    with TemporaryDirectory() as out:
+        begin = time.perf_counter()
+        chosen = settings.model_copy(update={"packing": packing})
+        measured = train(chosen, base, rows, Path(out))
+        lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").open("rb")]
+        supervised = sum(line["num_supervised_tokens"] for line in lines)
+        return {
+            "seconds": measured["seconds"],
+            "start_seconds": time.perf_counter() - begin - measured["seconds"] + lines[0]["seconds"],
+            "peak_bytes": measured["peak_bytes"],
+            "supervised": supervised,
+            "tokens": sum(line["num_tokens"] for line in lines),
+            "loss": sum(x["loss"] * x["num_supervised_tokens"] for x in lines) / supervised,
+        }
+
+
+class _Watch(TrainerCallback):
+    """The time between the first and the last step, and each step's loss."""
+
+    def __init__(self) -> None:
+        self.began = self.first = self.ended = 0.0
+        self.losses: list[float] = []
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.ended = time.perf_counter()
+        self.first = self.first or self.ended
+
+    def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
+        if logs and "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+
+
+def fit_trl(packing: str, base: Path, rows: Path, settings: Train) -> dict[str, float]:
+    """Train with stock SFTTrainer on input_ids and labels, one epoch, as its documentation has it.
+
+    Our loader is used for the base, which TRL would hold in float32.
+    """
+    begin = time.perf_counter()
+    model = with_adapter(load_base(base, settings), settings)
+    table = Dataset.from_file(str(rows)).map(_label, remove_columns=["prompt_ids", "completion_ids"])
+    table = table.select_columns(["input_ids", "labels"])
+    num_tokens = sum(map(len, table["input_ids"]))
+    supervised = sum(label != IGNORED for labels in table["labels"] for label in labels)
+    with TemporaryDirectory() as out:
+        arguments = SFTConfig(
+            output_dir=out,
+            num_train_epochs=1,
+            packing=packing == "bfd",
+            max_length=settings.micro_tokens,
+            per_device_train_batch_size=1 if packing == "bfd" else MICRO_ROWS,
+            gradient_accumulation_steps=1 if packing == "bfd" else settings.batch_rows // MICRO_ROWS,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=settings.schedule,
+            seed=settings.seed,
+            bf16=settings.dtype == "bfloat16",
+            activation_checkpointing=settings.checkpointing == "full",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        watch = _Watch()
+        trainer = SFTTrainer(
+            model, arguments, train_dataset=table, processing_class=AutoTokenizer.from_pretrained(base)
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(watch)
+        keep_adapter_in_float32(model)
+        trainer.train()
+    return {
+        "seconds": watch.ended - watch.began,
+        "start_seconds": watch.first - begin,
+        "peak_bytes": 0,
+        "supervised": supervised,
+        "tokens": num_tokens,
+        "loss": sum(watch.losses) / len(watch.losses),
+    }
+
+
+def _label(row: dict[str, Any]) -> dict[str, Any]:
+    prompt, completion = row["prompt_ids"], row["completion_ids"]
+    return {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
+
+
+def main(kind: str, base: str, rows: str, settings: str) -> None:
+    """Train and print how it went."""
+    logging.disable(logging.WARNING)
+    chosen = Train.model_validate(json.loads(settings))
+    fit = fit_ours if kind in ("tree", "none") else fit_trl
+    sys.stdout.write(json.dumps(fit(kind, Path(base), Path(rows), chosen)) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
