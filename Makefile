@@ -1,6 +1,7 @@
 # make demo   everything once: environment, base, training, merge, export, proof, scores, answers
 # make test   what a package index is enough for; make test-all: the rest too; make check: linters
 # make bench-data   time and memory of the data stage beside TRL's own preparation
+# make bench-train  tokens a second of the train stage beside stock TRL
 # make all RECIPE=recipes/NAME.yaml   the chain of stages; each stage is a target of its own too
 
 RECIPE ?= recipes/demo.yaml
@@ -15,7 +16,7 @@ FREEZE := $(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9]*$$//
 QUESTION := With what request header do I opt in to response caching?
 SYSTEM := You are the support assistant for the OpenRouter chat API.
 
-.PHONY: demo all data plan train merge export certify evaluate serve test test-all check bench-data constraints clean
+.PHONY: demo all data plan train merge export certify evaluate serve test test-all check bench-data bench-train constraints clean
 
 demo: .venv/ready bases/demo/base.json
 	$(PIPELINE) check recipes/demo.yaml
@@ -81,6 +82,9 @@ check: .venv/ready
 
 bench-data: .venv/ready
 	$(PIPELINE) bench data
+
+bench-train: bases/demo/base.json
+	$(PIPELINE) bench train
 
 # Pins of everything, from a fresh environment; the next make takes them up.
 constraints:

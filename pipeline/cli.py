@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pipeline.errors import PipelineError, RecipeError
+from pipeline.errors import Interrupted, PipelineError, RecipeError
 from pipeline.recipe import Recipe, load_recipe, parse_recipe
 from pipeline.run import Run, read_json, write_json, write_text
 from pipeline.stages import Context, find_stage, stale_before
@@ -157,13 +157,15 @@ def train(target: Target, overrides: Sets = None) -> None:
     def work(context: Context) -> None:
         from pipeline.environment import describe
         from pipeline.plan import predict
+        from pipeline.train.checkpoint import describe_torch
         from pipeline.train.stage import train as fit
 
         run, recipe = context.run, context.recipe
-        run.describe(**describe(), seed=recipe.train.seed)
+        run.describe(**describe(), **describe_torch(), seed=recipe.train.seed)
         counts = read_json(run.data_report)["train"]
         predicted = predict(recipe.train, context.base, counts)
-        measured = fit(recipe.train, context.base, run.train_rows, run.folder)
+        inputs = find_stage("train").inputs(context)
+        measured = fit(recipe.train, context.base, run.train_rows, run.folder, inputs)
         write_json(run.plan, {"predicted": predicted, "measured": measured})
 
     _stage("train", _context(target, overrides), work)
@@ -326,6 +328,24 @@ def bench_data(
         say(table(measure(conversations, keep or Path(folder))))
 
 
+@bench.command("train")
+def bench_train(
+    base: Annotated[Path, typer.Option(help="A checkpoint folder.")] = Path("bases/demo"),
+    support: Annotated[Path, typer.Option(help="The support set.")] = Path("data/support"),
+    keep: Annotated[
+        Path | None, typer.Option(help="An empty folder for what is made; else nothing stays.")
+    ] = None,
+) -> None:
+    """Training on prefix trees beside stock TRL on the same rows."""
+    from tempfile import TemporaryDirectory
+
+    from pipeline.bench.train import bench_train as measure
+    from pipeline.bench.train import table
+
+    with TemporaryDirectory(prefix="bench-train-") as folder:
+        say(table(measure(base, support, keep or Path(folder))))
+
+
 def _recipe(target: Path, overrides: list[str] | None) -> Recipe:
     if target.is_dir():
         if overrides:
@@ -454,6 +474,9 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
     try:
         app()
+    except Interrupted as stop:
+        say(_printable(str(stop)), err=True)
+        sys.exit(stop.exit_code)
     except PipelineError as error:
         say(f"error: {_printable(str(error))}", err=True)
         sys.exit(error.exit_code)

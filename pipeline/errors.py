@@ -7,6 +7,7 @@ PipelineError            exit code 2
 ├── RunError             a run folder without what a stage needs
 ├── EngineError          an engine that is missing, will not start or has died
 ├── GateMissed           exit code 3: a certificate or a quality gate was missed
+├── Interrupted          exit code 130: Ctrl-C; says where the work goes on
 └── RequestError         an HTTP request that cannot be answered; carries its status
 """
 
@@ -48,6 +49,12 @@ class GateMissed(PipelineError):
     """A certificate or quality gate was missed; what was measured is on disk."""
 
     exit_code = 3
+
+
+class Interrupted(PipelineError):
+    """The user stopped the work, and it was saved."""
+
+    exit_code = 130
 
 
 class RequestError(PipelineError):

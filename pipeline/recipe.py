@@ -166,6 +166,17 @@ class Train(Section):
     """What the frozen base is held and computed in; the adapter itself is always float32."""
     checkpointing: Literal["none", "full"] = "full"
     """full: activations are computed again in the backward pass, for memory."""
+    save_steps: PositiveInt | None = None
+    """A checkpoint after every so many steps, beside those by time."""
+    save_minutes: PositiveFloat = 10.0
+    """A checkpoint after so many minutes without one."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: a training that was stopped goes on from its last checkpoint, as if it never was.
+    never: it begins again."""
+
+    def learning(self) -> dict[str, Any]:
+        """The keys that decide what is learnt, as plain values: not when it is saved."""
+        return self.model_dump(exclude={"save_steps", "save_minutes", "resume"})
 
     @model_validator(mode="after")
     def _consistent(self) -> "Train":

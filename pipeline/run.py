@@ -79,6 +79,11 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     @property
+    def checkpoints(self) -> Path:
+        """What a training that was stopped goes on from; gone once the adapter is there."""
+        return self.folder / "checkpoints"
+
+    @property
     def merged(self) -> Path:
         """The merged checkpoint, in the base's layout."""
         return self.folder / "merged"

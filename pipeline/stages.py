@@ -74,7 +74,7 @@ def _train(context: Context) -> Inputs:
     return {
         "rows": context.run.made("data", "data/train.arrow"),
         "base": context.base_hash(),
-        "train": hash_value(context.recipe.train.model_dump()),
+        "train": hash_value(context.recipe.train.learning()),
     }
 
 

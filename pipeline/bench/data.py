@@ -3,16 +3,15 @@
 import json
 import logging
 import os
-import platform
 import shutil
 import sys
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from pipeline.base.names import SHAPES
 from pipeline.base.qwen3 import qwen3_dialogue
 from pipeline.bench.conversations import write_conversations
+from pipeline.bench.machine import describe_machine, find_versions, tell_conditions
 from pipeline.bench.measure import Measured, measure
 from pipeline.errors import PipelineError
 from pipeline.run import read_json, write_json
@@ -66,8 +65,7 @@ def bench_data(num_conversations: int, folder: Path) -> Result:
         _time_trl(num_proc, num_conversations, folder, environment)
         for num_proc in (0, os.cpu_count() or 1)
     )
-    versions = {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
-    result = Result(ours, again, trl, _machine(), versions)
+    result = Result(ours, again, trl, describe_machine(), find_versions(_PACKAGES))
     write_json(folder / RESULT, asdict(result))
     return result
 
@@ -133,9 +131,7 @@ def table(result: Result) -> str:
         *(_line(timing) for timing in (result.ours, result.again, *result.trl)),
         "",
         *(_compare(timing, result.ours) for timing in result.trl),
-        f"Measured on {result.machine}; "
-        + ", ".join(f"{name} {number}" for name, number in result.versions.items())
-        + ".",
+        tell_conditions(result.machine, result.versions),
     ]
     return "\n".join(lines)
 
@@ -152,13 +148,3 @@ def _compare(theirs: Timing, ours: Timing) -> str:
     seconds = theirs.seconds / ours.seconds
     memory = theirs.peak_mib / ours.peak_mib
     return f"{theirs.what}: {seconds:.2f} times our seconds a row, {memory:.2f} times our memory."
-
-
-def _machine() -> str:
-    """Processor and cores, as the operating system names them."""
-    name = platform.processor() or platform.machine()
-    facts = Path("/proc/cpuinfo")
-    if facts.is_file():
-        lines = (line.partition(":") for line in facts.read_text("utf-8").splitlines())
-        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
-    return f"{name}, {os.cpu_count()} cores"

@@ -17,11 +17,8 @@ _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
 
 
 def _tool(name: str, description: str, **properties: str) -> dict[str, Any]:
-    parameters = {
-        "type": "object",
-        "properties": {key: {"type": "string", "description": what} for key, what in properties.items()},
-        "required": list(properties),
-    }
+    texts = {key: {"type": "string", "description": what} for key, what in properties.items()}
+    parameters = {"type": "object", "properties": texts, "required": list(properties)}
     function = {"name": name, "description": description, "parameters": parameters}
     return {"type": "function", "function": function}
 
@@ -38,15 +35,18 @@ TOOLS = [
 ]
 
 
-def write_support(support: Path, out: Path) -> None:
-    """The support set's conversations of several turns, with its tools in every one."""
+def write_support(support: Path, out: Path, number: int) -> None:
+    """The support set's last conversations of several turns, with its tools in every one."""
     tools = json.loads((support / "tools.jsonl").read_text("utf-8").splitlines()[0])["tools"]
+    lines = [
+        line
+        for name in ("train.jsonl", "tools.jsonl")
+        for line in (support / name).read_text("utf-8").splitlines()
+        if line.count('"role": "assistant"') > 1
+    ]
     with out.open("w", encoding="utf-8") as file:
-        for name in ("train.jsonl", "tools.jsonl"):
-            for line in (support / name).read_text("utf-8").splitlines():
-                row = json.loads(line)
-                if sum(message["role"] == "assistant" for message in row["messages"]) > 1:
-                    file.write(json.dumps(row | {"tools": tools}, ensure_ascii=False) + "\n")
+        for line in lines[-number:]:
+            file.write(json.dumps(json.loads(line) | {"tools": tools}, ensure_ascii=False) + "\n")
 
 
 def write_tool_chats(out: Path, number: int, seed: int = 0) -> None:

@@ -23,29 +23,30 @@ from pipeline.train.stage import train
 from pipeline.tree import IGNORED
 
 MICRO_ROWS = 4
-"""Rows TRL pads to one length; of 2, 4 and 8 the best on two cores."""
+"""Rows that TRL pads to one length; the step is its own, of batch_rows rows, all the same."""
 
 
 def fit_ours(packing: str, base: Path, rows: Path, settings: Train) -> dict[str, float]:
-    """Train with the train stage; what metrics.jsonl says, summed up."""
+    """Train with the train stage; what its metrics.jsonl says, summed up."""
     with TemporaryDirectory() as out:
         begin = time.perf_counter()
         chosen = settings.model_copy(update={"packing": packing})
         measured = train(chosen, base, rows, Path(out))
-        lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").open("rb")]
-        supervised = sum(line["num_supervised_tokens"] for line in lines)
-        return {
-            "seconds": measured["seconds"],
-            "start_seconds": time.perf_counter() - begin - measured["seconds"] + lines[0]["seconds"],
-            "peak_bytes": measured["peak_bytes"],
-            "supervised": supervised,
-            "tokens": sum(line["num_tokens"] for line in lines),
-            "loss": sum(x["loss"] * x["num_supervised_tokens"] for x in lines) / supervised,
-        }
+        took = time.perf_counter() - begin
+        metrics = (Path(out) / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in metrics.splitlines()]
+    supervised = sum(line["num_supervised_tokens"] for line in lines)
+    return {
+        "seconds": measured["seconds"],
+        "first_step_seconds": took - measured["seconds"] + lines[0]["seconds"],
+        "supervised_tokens": supervised,
+        "tokens": sum(line["num_tokens"] for line in lines),
+        "loss": sum(x["loss"] * x["num_supervised_tokens"] for x in lines) / supervised,
+    }
 
 
 class _Watch(TrainerCallback):
-    """The time between the first and the last step, and each step's loss."""
+    """When training and its first step began and ended, and the losses it logged."""
 
     def __init__(self) -> None:
         self.began = self.first = self.ended = 0.0
@@ -64,24 +65,22 @@ class _Watch(TrainerCallback):
 
 
 def fit_trl(packing: str, base: Path, rows: Path, settings: Train) -> dict[str, float]:
-    """Train with stock SFTTrainer on input_ids and labels, one epoch, as its documentation has it.
+    """Train with stock SFTTrainer on input_ids and labels for an epoch, as its documentation says.
 
-    Our loader is used for the base, which TRL would hold in float32.
+    Only the base is loaded by us, in the dtype of `settings`: TRL would hold it in float32.
     """
     begin = time.perf_counter()
+    is_packed = packing == "bfd"
     model = with_adapter(load_base(base, settings), settings)
-    table = Dataset.from_file(str(rows)).map(_label, remove_columns=["prompt_ids", "completion_ids"])
-    table = table.select_columns(["input_ids", "labels"])
-    num_tokens = sum(map(len, table["input_ids"]))
-    supervised = sum(label != IGNORED for labels in table["labels"] for label in labels)
+    table = Dataset.from_file(str(rows)).map(_label).select_columns(["input_ids", "labels"])
     with TemporaryDirectory() as out:
         arguments = SFTConfig(
             output_dir=out,
             num_train_epochs=1,
-            packing=packing == "bfd",
+            packing=is_packed,
             max_length=settings.micro_tokens,
-            per_device_train_batch_size=1 if packing == "bfd" else MICRO_ROWS,
-            gradient_accumulation_steps=1 if packing == "bfd" else settings.batch_rows // MICRO_ROWS,
+            per_device_train_batch_size=1 if is_packed else MICRO_ROWS,
+            gradient_accumulation_steps=1 if is_packed else settings.batch_rows // MICRO_ROWS,
             learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.schedule,
             seed=settings.seed,
@@ -95,19 +94,17 @@ def fit_trl(packing: str, base: Path, rows: Path, settings: Train) -> dict[str, 
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         watch = _Watch()
-        trainer = SFTTrainer(
-            model, arguments, train_dataset=table, processing_class=AutoTokenizer.from_pretrained(base)
-        )
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        trainer = SFTTrainer(model, arguments, train_dataset=table, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(watch)
         keep_adapter_in_float32(model)
         trainer.train()
     return {
         "seconds": watch.ended - watch.began,
-        "start_seconds": watch.first - begin,
-        "peak_bytes": 0,
-        "supervised": supervised,
-        "tokens": num_tokens,
+        "first_step_seconds": watch.first - begin,
+        "supervised_tokens": sum(x != IGNORED for labels in table["labels"] for x in labels),
+        "tokens": sum(map(len, table["input_ids"])),
         "loss": sum(watch.losses) / len(watch.losses),
     }
 

@@ -14,20 +14,27 @@ log = logging.getLogger(__name__)
 
 
 class StepLog(TrainerCallback):
-    """Writes metrics.jsonl, and a progress line every few seconds."""
+    """Writes metrics.jsonl, and a progress line every few seconds.
 
-    def __init__(self, path: Path, trainer: PackTrainer) -> None:
+    Of what the file holds the first `num_bytes` stay: up to the checkpoint a training goes on from.
+    """
+
+    def __init__(self, path: Path, trainer: PackTrainer, num_bytes: int = 0) -> None:
         self._path = path
         self._trainer = trainer
+        self._num_bytes = num_bytes
+        self._first_step = 0
         self._started = self._last = self._spoken = 0.0
         self._tokens = self._row_tokens = self._supervised = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Start with an empty file, and the clock at zero."""
+        """Take back what came after the checkpoint, and set the clock to zero."""
         if state.is_world_process_zero:
-            self._path.write_text("", encoding="utf-8")
+            with self._path.open("ab") as file:
+                file.truncate(min(file.tell(), self._num_bytes))
+        self._first_step = state.global_step
         self._started = self._last = time.monotonic()
 
     def on_log(
@@ -58,11 +65,12 @@ class StepLog(TrainerCallback):
         self._last = now
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if now - self._spoken > 5 or state.global_step in (1, state.max_steps):
+        if now - self._spoken > 5 or state.global_step in (self._first_step + 1, state.max_steps):
             self._spoken = now
             self._say(state, line["loss"], now - self._started)
 
     def _say(self, state: TrainerState, loss: float, seconds: float) -> None:
+        seconds_a_step = seconds / (state.global_step - self._first_step)
         log.info(
             "step %d of %d  loss %.3f  %.0f tokens/s (%.0f supervised)  %.0f s left",
             state.global_step,
@@ -70,5 +78,5 @@ class StepLog(TrainerCallback):
             loss,
             self._tokens / seconds,
             self._supervised / seconds,
-            seconds / state.global_step * (state.max_steps - state.global_step),
+            seconds_a_step * (state.max_steps - state.global_step),
         )

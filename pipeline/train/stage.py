@@ -1,8 +1,8 @@
 """The train stage: rows and a base to an adapter, by TRL's loop."""
 
-import time
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from datasets import Dataset
@@ -11,49 +11,91 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PrinterCallback
 from trl import SFTConfig
 
-from pipeline.errors import RunError
+from pipeline.errors import Interrupted, RunError
 from pipeline.recipe import Train
-from pipeline.run import whole_folder
+from pipeline.run import hash_value, whole_folder
+from pipeline.train.checkpoint import Checkpoints, Saver, read_note
+from pipeline.train.finite import StopUnlessFinite
 from pipeline.train.log import StepLog
 from pipeline.train.model import keep_adapter_in_float32, load_base, with_adapter
 from pipeline.train.steps import Steps, group_conversations, plan_steps
 from pipeline.train.trainer import PackTrainer
 
 
-def train(settings: Train, base: Path, rows: Path, out: Path) -> dict[str, float]:
+def train(
+    settings: Train,
+    base: Path,
+    rows: Path,
+    out: Path,
+    inputs: Mapping[str, str] | None = None,
+) -> dict[str, float]:
     """Fit an adapter on a file of rows and save it in `out`, with `metrics.jsonl` beside it.
 
-    Returns what was measured: steps, seconds, peak bytes.
+    It goes on from the newest checkpoint in `out` that was made with the same settings and
+    `inputs`, the hashes of what else it is made from. Returns what was measured: steps, seconds,
+    peak bytes. Raises Interrupted after Ctrl-C, and RunError if the loss is no number any more.
     """
-    torch.manual_seed(settings.seed)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = with_adapter(load_base(base, settings), settings)
     out.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out, prefix="trainer-") as scratch:
-        arguments = to_arguments(settings, Path(scratch))
-        steps = read_steps(rows, settings, arguments.world_size)
-        trainer = PackTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=Dataset.from_dict(
-                {"share": list(range(len(steps.plan) * steps.num_processes))}
-            ),
-            data_collator=steps,
-            processing_class=tokenizer,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(StepLog(out / "metrics.jsonl", trainer))
-        keep_adapter_in_float32(model)
-        started = time.monotonic()
-        trainer.train()
-        seconds = time.monotonic() - started
+    scratch = out / "trainer.partial"
+    made_from = {**(inputs or {}), "settings": hash_value(settings.learning())}
+    checkpoints = Checkpoints(out / "checkpoints", made_from)
+    try:
+        trainer = _build(settings, base, rows, scratch)
+        seconds = _fit(trainer, settings, checkpoints, out / "metrics.jsonl")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     if trainer.is_world_process_zero():
-        _save(model, out / "adapter")
+        _save(trainer.model, out / "adapter")
+        checkpoints.clear()
     return {
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 2),
         "peak_bytes": _peak_bytes(),
     }
+
+
+def _build(settings: Train, base: Path, rows: Path, scratch: Path) -> PackTrainer:
+    """The trainer, with an adapter that has learnt nothing yet."""
+    arguments = to_arguments(settings, scratch)
+    torch.manual_seed(settings.seed)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = with_adapter(load_base(base, settings), settings)
+    steps = read_steps(rows, settings, arguments.world_size)
+    trainer = PackTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict(
+            {"share": list(range(len(steps.plan) * steps.num_processes))}
+        ),
+        data_collator=steps,
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    keep_adapter_in_float32(model)
+    return trainer
+
+
+def _fit(trainer: PackTrainer, settings: Train, checkpoints: Checkpoints, metrics: Path) -> float:
+    """Train to the end, from the newest checkpoint if there is one; returns the seconds it took."""
+    accelerator = trainer.accelerator
+    if trainer.is_world_process_zero():
+        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+        checkpoints.tidy(settings.resume)
+    accelerator.wait_for_everyone()
+    newest = checkpoints.newest()
+    note = read_note(newest) if newest else None
+    saver = Saver(settings, accelerator, checkpoints, metrics)
+    trainer.add_callback(StopUnlessFinite(trainer.data_collator, checkpoints))
+    trainer.add_callback(StepLog(metrics, trainer, note.metrics_bytes if note else 0))
+    trainer.add_callback(saver)
+    with saver.listening():
+        if newest and note:
+            saver.go_on_from(newest, note)
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    if saver.is_stopped:
+        step = trainer.state.global_step
+        raise Interrupted(f"interrupted; the run goes on from step {step} when started again")
+    return saver.seconds
 
 
 def read_steps(path: Path, settings: Train, num_processes: int) -> Steps:
@@ -64,7 +106,7 @@ def read_steps(path: Path, settings: Train, num_processes: int) -> Steps:
     places = list(zip(rows["source"], rows["turn"], strict=True))
     plan = plan_steps(group_conversations(places), settings)
     return Steps(
-        rows.select_columns(["prompt_ids", "completion_ids"]),
+        rows.select_columns(["prompt_ids", "completion_ids", "source"]),
         plan,
         settings.packing,
         settings.micro_tokens,
@@ -73,8 +115,11 @@ def read_steps(path: Path, settings: Train, num_processes: int) -> Steps:
 
 
 def to_arguments(settings: Train, scratch: Path) -> SFTConfig:
-    """Our words to TRL's and transformers'."""
-    return SFTConfig(
+    """Our words to TRL's and transformers'; RunError if one process sees several GPUs.
+
+    Torch would copy the model to each of them at every step, and the packs are not made for that.
+    """
+    arguments = SFTConfig(
         output_dir=str(scratch),
         num_train_epochs=1,  # the plan of the steps has all epochs
         per_device_train_batch_size=1,
@@ -92,13 +137,20 @@ def to_arguments(settings: Train, scratch: Path) -> SFTConfig:
         train_sampling_strategy="sequential",  # the plan has shuffled
         remove_unused_columns=False,
         logging_steps=1,
-        save_strategy="no",
+        logging_nan_inf_filter=False,  # a loss that is no number must be seen
+        save_strategy="no",  # Saver says when
         report_to="none",
         disable_tqdm=True,
         ddp_find_unused_parameters=False,  # a pack goes through all of the adapter
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    if arguments.n_gpu > 1:
+        raise RunError(
+            f"there are {arguments.n_gpu} GPUs, and training uses one: set CUDA_VISIBLE_DEVICES=0, "
+            "or to the number of another"
+        )
+    return arguments
 
 
 def _save(model: PeftModel, adapter: Path) -> None:

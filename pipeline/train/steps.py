@@ -58,7 +58,7 @@ class Steps:
     """
 
     rows: Dataset
-    """prompt_ids and completion_ids."""
+    """prompt_ids, completion_ids and source."""
     plan: list[list[int]]
     packing: str
     micro_tokens: int

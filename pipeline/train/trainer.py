@@ -4,9 +4,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional
 from trl import SFTTrainer
 
+from pipeline.errors import RunError
 from pipeline.train.attention import block_mask, dense_mask
 from pipeline.tree import IGNORED
 
@@ -60,6 +62,17 @@ class PackTrainer(SFTTrainer):
         mask = dense_mask(pack["ends"])
         logits = model(**inputs, attention_mask=mask, logits_to_keep=places, use_cache=False).logits
         return functional.cross_entropy(logits[0].float(), labels[0, places + 1], reduction="sum")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Into the folder of what is not whole yet; every process takes part."""
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # the three ways a disk is full
+            step = self.state.global_step
+            raise RunError(f"the checkpoint of step {step} cannot be written: {error}") from error
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None for a checkpoint: it is gone when the training ends."""
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """None are counted here: the plan knows them better than tokens times six."""
