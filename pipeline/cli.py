@@ -86,7 +86,7 @@ def data(
     dump: Annotated[Path | None, typer.Option(help="Write every row as JSON lines.")] = None,
 ) -> None:
     """Conversations to rows, exactly as inference renders them; checked and reported."""
-    context = _context(target, overrides, "config")
+    context = _context(target, overrides, "config")  # first: it says if the train extra is missing
 
     from rich.console import Console
 

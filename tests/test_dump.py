@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from row_files import write_rows
 
 from pipeline.data.dump import dump_rows
 from pipeline.data.rows import Row
-from pipeline.data.store import write_rows
 from pipeline.errors import RunError
 
 ROWS = [

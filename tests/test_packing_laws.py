@@ -15,13 +15,13 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
+from row_files import write_rows
 from safetensors.torch import load_file
 from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask
 from trainers import build_trainer, fill_adapter, make_talks, settings
 
 from pipeline.chat import Chat
-from pipeline.data.store import write_rows
 from pipeline.train.attention import block_mask, dense_mask
 from pipeline.train.stage import read_steps, train
 from pipeline.train.steps import Steps, to_tensors

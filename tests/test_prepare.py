@@ -7,11 +7,12 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from row_files import write_rows
 
 from pipeline.data import inputs
 from pipeline.data.mix import draw
 from pipeline.data.prepare import prepare
-from pipeline.data.store import read_rows, write_rows
+from pipeline.data.store import read_rows
 from pipeline.errors import DataError, RunError
 from pipeline.recipe import Data
 from pipeline.run import read_json

@@ -14,13 +14,13 @@ import pytest
 import torch
 from conftest import Pipeline
 from datasets import Dataset
+from row_files import write_rows
 from trainers import FAST, make_talks, settings
 from transformers import TrainerControl, TrainerState
 from trl import SFTConfig
 
 from pipeline import cli
 from pipeline.chat import Chat
-from pipeline.data.store import write_rows
 from pipeline.errors import Interrupted, RunError
 from pipeline.recipe import Train
 from pipeline.run import Run

@@ -6,9 +6,10 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from row_files import write_rows
 
 from pipeline.data.rows import PairRow, Row
-from pipeline.data.store import PAIRS, ROWS, Writer, read_rows, read_spread, to_batch, write_rows
+from pipeline.data.store import PAIRS, ROWS, Writer, read_rows, read_spread, to_batch
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=5)
 generated_rows = st.builds(

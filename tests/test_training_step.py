@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from row_files import write_rows
 from safetensors.torch import load_file
 from trainers import build_trainer, fill_adapter, settings
 from transformers import AutoTokenizer
 
 from pipeline.chat import Chat
 from pipeline.data.rows import Row
-from pipeline.data.store import write_rows
 from pipeline.errors import BaseError, RecipeError, RunError
 from pipeline.train.attention import dense_mask
 from pipeline.train.model import load_base, with_adapter

@@ -5,14 +5,11 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import AutoTokenizer
 
 from pipeline.chat import Chat
 from pipeline.data.rows import Row
 from pipeline.recipe import Train
-from pipeline.train.model import keep_adapter_in_float32, load_base, with_adapter
-from pipeline.train.stage import read_steps, to_arguments
+from pipeline.train import stage
 from pipeline.train.trainer import PackTrainer
 
 FAST: dict[str, Any] = {
@@ -33,19 +30,8 @@ def settings(**values: Any) -> Train:
 
 def build_trainer(base: Path, rows_file: Path, **values: Any) -> PackTrainer:
     """A trainer as `train` builds it."""
-    chosen = settings(**values)
-    torch.manual_seed(chosen.seed)
-    model = with_adapter(load_base(base, chosen), chosen)
-    steps = read_steps(rows_file, chosen, 1)
-    trainer = PackTrainer(
-        model=model,
-        args=to_arguments(chosen, Path(mkdtemp(dir=rows_file.parent))),
-        train_dataset=Dataset.from_dict({"share": list(range(len(steps.plan)))}),
-        data_collator=steps,
-        processing_class=AutoTokenizer.from_pretrained(base),
-    )
-    keep_adapter_in_float32(model)
-    return trainer
+    scratch = Path(mkdtemp(dir=rows_file.parent))
+    return stage.build_trainer(settings(**values), base, rows_file, scratch)
 
 
 def fill_adapter(model: torch.nn.Module) -> None:

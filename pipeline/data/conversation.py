@@ -9,6 +9,8 @@ from pipeline.chat import Message, check_message, prepare_message
 from pipeline.data.strict_json import parse_json
 from pipeline.errors import DataError
 
+_MAX_CHARACTERS = 300
+
 
 @dataclass(frozen=True)
 class Record:
@@ -60,6 +62,15 @@ def source_of(sample: Record | Sample) -> str:
     """`path:line`, in characters that can be written whatever the file is called."""
     path = str(sample.path).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return f"{path}:{sample.line}"
+
+
+def fault_of(record: Record, what: DataError | str) -> DataError:
+    """One line, at the record's place, without more of the user's text than a reader wants."""
+    sentence = " ".join(str(what).split())
+    if len(sentence) > _MAX_CHARACTERS:
+        half = _MAX_CHARACTERS // 2
+        sentence = f"{sentence[:half]} … {sentence[-half:]}"
+    return DataError.at(record.path, record.line, sentence)
 
 
 def check_messages(messages: Any) -> tuple[Message, ...]:

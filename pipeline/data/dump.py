@@ -8,9 +8,7 @@ import pyarrow as pa
 
 from pipeline.data.store import read_rows
 from pipeline.errors import RunError
-
-IGNORED = -100
-"""The label of a token that is not trained."""
+from pipeline.tree import IGNORED
 
 
 def dump_rows(parts: Mapping[str, Path], out: Path) -> None:

@@ -12,6 +12,7 @@ from pipeline.data.conversation import (
     Record,
     Sample,
     check_messages,
+    fault_of,
     is_trained,
 )
 from pipeline.data.fields import (
@@ -46,7 +47,7 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-_MAX_CHARACTERS = 300
+_MAX_KEY_CHARACTERS = 50
 
 
 def detect(record: Record) -> Format:
@@ -60,7 +61,7 @@ def detect(record: Record) -> Format:
                 f"{_describe(fields)}, which is no known format: {known}; see data.sources[].format"
             )
     except DataError as error:
-        raise _at(record, error) from error
+        raise fault_of(record, error) from error
     return form
 
 
@@ -79,18 +80,9 @@ def parse(record: Record, form: Format) -> Sample:
     try:
         return _parse(record, form)
     except DataError as error:
-        raise _at(record, error) from error
+        raise fault_of(record, error) from error
     except RecursionError as error:
-        raise _at(record, "it is nested too deeply") from error
-
-
-def _at(record: Record, what: DataError | str) -> DataError:
-    """One line, at the record's place, without more of the user's text than a reader wants."""
-    sentence = " ".join(str(what).split())
-    if len(sentence) > _MAX_CHARACTERS:
-        half = _MAX_CHARACTERS // 2
-        sentence = f"{sentence[:half]} … {sentence[-half:]}"
-    return DataError.at(record.path, record.line, sentence)
+        raise fault_of(record, "it is nested too deeply") from error
 
 
 def _parse(record: Record, form: Format) -> Sample:
@@ -139,8 +131,8 @@ def _check_format(fields: dict[str, Any], form: Format) -> None:
 
 def _describe(fields: dict[str, Any]) -> str:
     names = ", ".join(fields)
-    if len(names) > _MAX_CHARACTERS // 6:
-        names = f"{names[: _MAX_CHARACTERS // 6]} …"
+    if len(names) > _MAX_KEY_CHARACTERS:
+        names = f"{names[:_MAX_KEY_CHARACTERS]} …"
     only = next(iter(fields.values())) if len(fields) == 1 else None
     if isinstance(only, list) and only and isinstance(only[0], dict):
         return f"it has the key {names} alone, around a list; let the file be that list"

@@ -118,7 +118,7 @@ class _Preparation:
     def _report(self, duplicates: Any, overlap: Any) -> dict[str, Any]:
         train, train_histograms = self._train.report()
         held, held_histograms = self._held.report()
-        row_tokens = train.get("prompt_tokens", 0) + train.get("supervised_tokens", 0)
+        row_tokens = train["prompt_tokens"] + train["supervised_tokens"]
         report = {
             "sources": [source.describe() for source in self._inputs],
             "train": train,

@@ -1,8 +1,7 @@
 """Rows on disk: Arrow streams, written in batches, read back without loading them whole."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,7 +29,6 @@ PAIRS = pa.schema(
         ("mode", pa.string()),
     ]
 )
-_BATCH_ROWS = 1000
 
 
 def to_batch(rows: Sequence[Row] | Sequence[PairRow], schema: pa.Schema) -> pa.RecordBatch:
@@ -80,15 +78,6 @@ class Writer:
         """Of all ids so far and the rows they are cut into."""
         digests = [*self._lengths.values(), *self._ids.values()]
         return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> str:
-    """Write a file of rows; returns the sha256 of their ids."""
-    source = iter(rows)
-    with Writer(path, ROWS) as writer:
-        while some := list(islice(source, _BATCH_ROWS)):
-            writer.write(to_batch(some, ROWS))
-    return writer.sha256
 
 
 def read_rows(path: Path) -> Iterator[Row]:

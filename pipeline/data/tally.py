@@ -26,9 +26,8 @@ class Tally:
     def add_row(self, row: Row, copies: int, has_tools: bool) -> None:
         """Count a row that is trained so many times."""
         prompt, completion = len(row.prompt_ids), len(row.completion_ids)
-        supervised = (
-            completion if prompt else completion - 1
-        )  # a text's first token follows nothing
+        # A plain text's first token follows nothing.
+        supervised = completion if prompt else completion - 1
         self.counts["rows"] += copies
         self.counts[f"{row.mode}_rows"] += copies
         self.counts["rows_with_tools"] += copies * has_tools

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.data.batches import STEP_ROWS
+
 PARTS = {"train": "train", "eval": "held-out"}
 """The report's parts, and what they are called."""
 
@@ -185,8 +187,8 @@ def describe_epoch(report: Mapping[str, Any]) -> str:
     if not flat or not shared:
         return ""
     return (
-        f"{flat:,} tokens row by row; predicted {shared:,} where 16 neighbouring rows compute once "
-        f"what they share (a ratio of {flat / shared:.2f})."
+        f"{flat:,} tokens row by row; predicted {shared:,} where {STEP_ROWS} neighbouring rows "
+        f"compute once what they share (a ratio of {flat / shared:.2f})."
     )
 
 

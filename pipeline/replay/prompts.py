@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.chat import Chat, Message, text_of
-from pipeline.data.conversation import Record
+from pipeline.data.conversation import Record, fault_of
 from pipeline.data.fields import read_messages, read_tools
 from pipeline.data.files import read_records
 from pipeline.errors import DataError
 from pipeline.run import hash_value
 
 LABELS = ("kind", "language")
-_MAX_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def _parse(record: Record, chat: Chat) -> Prompt:
         _check_question(messages[-1])
         ids = chat.prompt_ids(messages, tools, "thinking")
     except DataError as error:
-        raise DataError.at(record.path, record.line, _shorten(str(error))) from error
+        raise fault_of(record, error) from error
     labels = {label: fields[label] for label in LABELS if label in fields}
     return Prompt(messages, tools, labels, ids, record.path, record.line)
 
@@ -85,9 +84,3 @@ def _read_fields(value: Any) -> dict[str, Any]:
 def _check_question(last: Message) -> None:
     if last["role"] != "user" or not text_of(last.get("content")).strip():
         raise DataError("the last message must be the user's, with text: the base answers it")
-
-
-def _shorten(sentence: str) -> str:
-    """One line, without more of the user's text than a reader wants."""
-    line, half = " ".join(sentence.split()), _MAX_CHARACTERS // 2
-    return line if len(line) <= _MAX_CHARACTERS else f"{line[:half]} … {line[-half:]}"

@@ -81,7 +81,7 @@ class Checkpoints:
         found = []
         for path in self.folder.glob("checkpoint-*"):
             note = read_note(path)
-            if note is not None and note.inputs == dict(self.inputs) and _is_whole(path):
+            if note is not None and note.inputs == dict(self.inputs) and _has_step(path):
                 found.append(path)
         return sorted(found, key=step_of)
 
@@ -105,7 +105,7 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _has_step(checkpoint: Path) -> bool:
     return re.fullmatch(r"checkpoint-\d+", checkpoint.name) is not None
 
 

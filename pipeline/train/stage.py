@@ -40,7 +40,7 @@ def train(
     made_from = {**(inputs or {}), "settings": hash_value(settings.learning())}
     checkpoints = Checkpoints(out / "checkpoints", made_from)
     try:
-        trainer = _build(settings, base, rows, scratch)
+        trainer = build_trainer(settings, base, rows, scratch)
         seconds = _fit(trainer, settings, checkpoints, out / "metrics.jsonl")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -54,8 +54,8 @@ def train(
     }
 
 
-def _build(settings: Train, base: Path, rows: Path, scratch: Path) -> PackTrainer:
-    """The trainer, with an adapter that has learnt nothing yet."""
+def build_trainer(settings: Train, base: Path, rows: Path, scratch: Path) -> PackTrainer:
+    """The trainer, with an adapter that has learnt nothing yet; it writes under `scratch`."""
     arguments = to_arguments(settings, scratch)
     torch.manual_seed(settings.seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
