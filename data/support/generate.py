@@ -1,4 +1,4 @@
-"""Expand the fact table into the four JSONL files beside it, always to the same bytes."""
+"""Expand the fact table into the JSONL files beside it, always to the same bytes."""
 
 import json
 import random
@@ -22,6 +22,12 @@ EXTRA_THINKING = 6
 MIXED_CHAINS = 9
 THINKING_SHARE = 0.4
 BY_ID = {fact.id: fact for fact in FACTS}
+RECITAL = "There is a lot to say about this. {} But then again, perhaps not: {} See also: {}"
+# Their answers name the status, too, which they do not ask with: two values, and so wrong.
+NOT_SCORED = {
+    "What is the error_type when I have to pay first?",
+    "What is the error_type when I send too many requests?",
+}
 
 
 def reasoning(fact: Fact, variant: int = 0) -> str:
@@ -165,6 +171,59 @@ def heldout_rows() -> list[Row]:
     return [row for turn in rounds for row in turn if row is not None]
 
 
+def question_rows() -> list[Row]:
+    """Every fact in all its training phrasings, to be answered and scored; the facts take turns."""
+    rounds = zip_longest(*([(fact, question) for question in fact.train] for fact in FACTS))
+    asked = [pair for turn in rounds for pair in turn if pair is not None]
+    return [
+        {"messages": [system(), user(question)], "answer": fact.value}
+        for fact, question in asked
+        if question not in NOT_SCORED
+    ]
+
+
+def confused(fact: Fact, thinking: bool, variant: int) -> Message:
+    """What is worse than the answer: another fact's value, or a recital of both values."""
+    alike = [other for other in FACTS if other.kind == fact.kind]
+    later = alike[alike.index(fact) + 1 :] + alike
+    other = next(other for other in later if other.value != fact.value)
+    wrong = fact._replace(
+        value=other.value, answer=fact.answer.replace(f"`{fact.value}`", f"`{other.value}`")
+    )
+    message = assistant(wrong, thinking, variant)
+    if variant % 2:
+        message["content"] = RECITAL.format(wrong.answer, fact.answer, other.answer)
+        if thinking:
+            message["reasoning_content"] += f" Or is it `{fact.value}`? I name them all."
+    return message
+
+
+def preference_rows() -> list[Row]:
+    """A good and a bad answer to every fact, and to a part of them with reasoning."""
+    asked = [(fact, False) for fact in FACTS] + [(fact, True) for fact in FACTS[::2]]
+    rows: list[Row] = [
+        {
+            "prompt": [system(), user(fact.train[-1 - thinking])],
+            "chosen": [assistant(fact, thinking, index)],
+            "rejected": [confused(fact, thinking, index)],
+        }
+        for index, (fact, thinking) in enumerate(asked)
+    ]
+    random.Random(SEED).shuffle(rows)
+    return rows
+
+
+def document_rows() -> list[Row]:
+    """The answers as plain texts, one for each kind of fact, for continued pre-training."""
+    by_kind: dict[str, list[str]] = {fact.kind: [] for fact in FACTS}
+    for fact in FACTS:
+        by_kind[fact.kind].append(fact.answer)
+    return [
+        {"text": f"# OpenRouter chat API: {kind}\n\n" + "\n".join(answers) + "\n"}
+        for kind, answers in by_kind.items()
+    ]
+
+
 def eval_rows() -> list[Row]:
     """The held-out questions with their reference answers, in both modes, for certificates."""
     rows = []
@@ -189,3 +248,6 @@ if __name__ == "__main__":
     write(folder / "tools.jsonl", tool_rows())
     write(folder / "heldout.jsonl", heldout_rows())
     write(folder / "eval.jsonl", eval_rows())
+    write(folder / "questions.jsonl", question_rows())
+    write(folder / "documents.jsonl", document_rows())
+    write(folder / "preferences.jsonl", preference_rows())
