@@ -13,6 +13,7 @@ BIN := .venv/bin
 PIPELINE := $(BIN)/python -m pipeline
 # Without what torch's own build brings along, which differs from machine to machine.
 FREEZE := $(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9]*$$//' | grep -v '^nvidia-\|^triton\|^cuda'
+TESTS := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 QUESTION := With what request header do I opt in to response caching?
 SYSTEM := You are the support assistant for the OpenRouter chat API.
 
@@ -65,12 +66,11 @@ bases/%/base.json: .venv/ready
 	@touch $@
 
 test: .venv/ready
-	$(BIN)/python -m coverage run -m pytest -m "not node"
+	$(TESTS) -m "not node"
 	@echo "left out (deselected above): tests marked node, which need npm; make test-all runs them"
 
 test-all: .venv/ready
-	$(BIN)/python -m coverage run -m pytest
-	$(BIN)/python -m coverage report
+	$(TESTS) --cov --cov-report term
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

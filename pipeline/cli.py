@@ -4,17 +4,23 @@ import json
 import logging
 import os
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline.errors import Interrupted, PipelineError, RecipeError
+from pipeline.errors import Interrupted, PipelineError, RecipeError, RunError
 from pipeline.recipe import Recipe, load_recipe, parse_recipe
 from pipeline.run import Run, read_json, write_json, write_text
 from pipeline.stages import Context, find_stage, stale_before
+
+if TYPE_CHECKING:
+    from pipeline.plan.job import Job
+    from pipeline.plan.machine import Machine
 
 app = typer.Typer(
     add_completion=False,
@@ -30,30 +36,45 @@ Sets = Annotated[
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench", help="Measure what the README's tables say.")
 say = typer.echo
+ALONE_S = 15.0  # how long a process waits for the first one to tell of a failure that is common
 PAGE_ROWS = 12  # how many rows data.html shows
 # Which extra of pyproject.toml brings a missing package; all others are in "train".
 EXTRAS = dict.fromkeys(("aiohttp", "orjson", "rich", "starlette", "uvicorn", "xllamacpp"), "serve")
 EXTRAS["openai"] = "dev"
 
 
+@app.callback()
+def one_process(context: typer.Context) -> None:
+    """Refuse to do anything but training as often as a launcher starts us."""
+    from pipeline.environment import count_processes
+
+    if count_processes() > 1 and context.invoked_subcommand != "train":
+        what = context.invoked_subcommand
+        raise RunError(f"only train runs in several processes: run `pipeline {what}` by itself")
+
+
 @app.command()
 def check(target: Target, overrides: Sets = None) -> None:
     """Validate a recipe, its data files and its base; nothing is loaded."""
-    from pipeline.base.names import check_base
+    from pipeline.base.names import check_base, local_folder
+    from pipeline.base.yarn import read_config, room_of
     from pipeline.sources import has_files
 
     recipe = _recipe(target, overrides)
     sources = [source.path for source in recipe.data.sources]
     named = [path for path in (*sources, recipe.data.eval.path) if path]
     missing = [path for path in named if not has_files(path)]
-    questions = recipe.evaluate.questions
-    if questions and not Path(questions).is_file():
-        missing.append(questions)
+    asked = (recipe.evaluate.questions, recipe.train.grpo.questions)
+    missing += [path for path in asked if path and not Path(path).is_file()]
     if missing:
         replay = str(Run.named(recipe.name).replay)
         hint = "; run `pipeline replay` first" if replay in missing else ""
         raise RecipeError(f"{target}: no such file from {Path.cwd()}: {', '.join(missing)}{hint}")
     check_base(recipe.base)
+    folder = local_folder(recipe.base)
+    room = room_of(read_config(folder)) if folder is not None and folder.is_dir() else None
+    if recipe.yarn == "none" and room is not None and recipe.data.max_tokens > room:
+        say(f"rows of more than {room:,} tokens, the base's own context, would need yarn: auto")
     say(f"{target}: fine, {recipe.train.method} of {recipe.base}, run folder runs/{recipe.name}")
 
 
@@ -86,7 +107,7 @@ def data(
     dump: Annotated[Path | None, typer.Option(help="Write every row as JSON lines.")] = None,
 ) -> None:
     """Conversations to rows, exactly as inference renders them; checked and reported."""
-    context = _context(target, overrides, "config")  # first: it says if the train extra is missing
+    context = _plain_context(target, overrides, "config")  # first: it says which extra is missing
 
     from rich.console import Console
 
@@ -104,10 +125,11 @@ def data(
         console.print(table)
     if show:
         tokenizer = Chat(context.base)
-        for row in read_spread(run.train_rows, show):
-            console.print(row_text(row, tokenizer))
+        for path in (run.train_rows, run.train_pairs):
+            for row in read_spread(path, show):
+                console.print(row_text(row, tokenizer))
     if dump:
-        dump_rows({"train": run.train_rows, "eval": run.eval_rows}, dump)
+        dump_rows({path.stem: path for path in run.row_files}, dump)
         say(str(dump))
     say(str(run.data_page))
     if strict:
@@ -123,7 +145,7 @@ def replay(target: Target, overrides: Sets = None) -> None:
     from pipeline.replay.stage import Answerer
     from pipeline.replay.stage import replay as ask
 
-    context = _context(target, overrides)
+    context = _plain_context(target, overrides)
     run, recipe = context.run, context.recipe
     answerer = Answerer(Chat(context.base), context.base_hash(), lambda: _base_gguf(context))
     with run.locked():
@@ -136,63 +158,123 @@ def replay(target: Target, overrides: Sets = None) -> None:
 
 
 @app.command()
-def plan(target: Target, overrides: Sets = None) -> None:
-    """Predict memory, tokens and operations of a run, without a GPU and without weights."""
+def plan(
+    target: Target,
+    overrides: Sets = None,
+    gpu: Annotated[str | None, typer.Option(help="Instead of the recipe's plan.gpu.")] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="How many of them.")] = None,
+) -> None:
+    """Predict memory, time and cost of a run, without a GPU and without weights."""
+    from rich.console import Console
+
     from pipeline.plan import predict
+    from pipeline.plan.machine import known_gpus, planned_machine
+    from pipeline.plan.show import gpu_table, plan_tables
 
     context = _context(target, overrides, "config")
-    run = context.run
+    run, asked = context.run, context.recipe.plan
     run.made("data")
-    counts = read_json(run.data_report)["train"]
-    predicted = predict(context.recipe.train, context.base, counts)
-    write_json(run.plan, {"predicted": predicted})
-    say(json.dumps(predicted, indent=2))
-    say(str(context.run.plan))
+    given = {"gpu": gpu or asked.gpu, "devices": devices or asked.devices}
+    asked = asked.model_copy(update=given)
+    predicted = predict(_job(context, planned_machine(asked)), known_gpus(asked))
+    write_json(run.plan, _keep_measured(run, predicted))
+    console = Console()
+    console.print(gpu_table(known_gpus(asked)))
+    for table in plan_tables(predicted):
+        console.print(table)
+    say(str(run.plan))
 
 
 @app.command()
 def train(target: Target, overrides: Sets = None) -> None:
-    """Fit the adapter."""
+    """Fit the adapter; under `accelerate launch` on several devices, one a process."""
+    from pipeline.environment import is_first_process
+
+    if not is_first_process():
+        _train_with_the_first()
+        return
+    told = []
 
     def work(context: Context) -> None:
+        from pipeline.train.trackers import prepare_trackers
+
+        prepare_trackers(context.recipe.train.log_to, context.run.folder)  # before trl comes in
+
         from pipeline.environment import describe
-        from pipeline.plan import predict
+        from pipeline.plan import predict, settle
+        from pipeline.plan.machine import known_gpus
+        from pipeline.plan.score import compare, measure, tell
         from pipeline.train.checkpoint import describe_torch
+        from pipeline.train.curve import draw_curve
+        from pipeline.train.memory import memory_told
+        from pipeline.train.stage import Watch
         from pipeline.train.stage import train as fit
 
         run, recipe = context.run, context.recipe
         run.describe(**describe(), **describe_torch(), seed=recipe.train.seed)
-        counts = read_json(run.data_report)["train"]
-        predicted = predict(recipe.train, context.base, counts)
+        job = _job(context, _training_machine(recipe))
+        predicted = predict(job, known_gpus(recipe.plan))
+        if not predicted["fits"]:
+            say(f"the plan says that it does not fit; see `pipeline plan`: {run.plan}")
+        write_json(run.plan, {"predicted": predicted})
         inputs = find_stage("train").inputs(context)
-        measured = fit(recipe.train, context.base, run.train_rows, run.folder, inputs)
-        write_json(run.plan, {"predicted": predicted, "measured": measured})
+        rows, held_out = _training_rows(context)
+        watch = Watch(held_out, predicted["peak_tokens_per_s"])
+        task = (settle(job), context.base, rows, run.folder, inputs, watch)
+        told.append(_tell_others(task))
+        with memory_told(predicted):
+            measured = measure(fit(*task), run.metrics)
+        draw_curve(run.metrics, run.loss_curve, recipe.train.objective)
+        ratios = compare(predicted, measured)
+        write_json(run.plan, {"predicted": predicted, "measured": measured, "ratios": ratios})
+        say(f"measured: {tell(predicted, measured)}")
 
-    _stage("train", _context(target, overrides), work)
+    try:
+        _stage("train", _context(target, overrides), work)
+    finally:
+        if not told:
+            _tell_others(None)
 
 
 @app.command()
 def merge(target: Target, overrides: Sets = None) -> None:
-    """Base plus adapter to one checkpoint."""
+    """Base and what was learnt to one checkpoint."""
 
     def work(context: Context) -> None:
         from pipeline.merge import merge as write
 
-        run = context.run
-        write(context.base, run.adapter, run.merged, context.recipe.train.method)
+        run, method = context.run, context.recipe.train.method
+        write(context.base, run.learnt(method), run.merged, method)
 
     _stage("merge", _context(target, overrides), work)
 
 
 @app.command()
-def export(target: Target, overrides: Sets = None) -> None:
-    """The merged checkpoint to GGUF files."""
+def export(
+    target: Annotated[
+        Path | None, typer.Argument(help="A recipe file or a run folder.", show_default=False)
+    ] = None,
+    overrides: Sets = None,
+    formats: Annotated[
+        Literal["list"] | None, typer.Option("--format", help="Say which can be written here.")
+    ] = None,
+) -> None:
+    """The merged checkpoint to what other programs serve: GGUF files, an Ollama Modelfile."""
+    if formats == "list":
+        from pipeline.export import list_formats
+
+        for name, reason in list_formats():
+            say(f"{name:8}{reason or 'works'}")
+        return
+    if target is None:
+        raise RecipeError("export needs a recipe file or a run folder, or --format list")
 
     def work(context: Context) -> None:
+        from pipeline.export import export as write
         from pipeline.export import export_gguf
 
         run, recipe = context.run, context.recipe
-        export_gguf(run.merged, run.exports, recipe.name, recipe.export.gguf)
+        write(run.merged, run.exports, recipe.name, recipe.export, run.adapter, context.base)
         if recipe.evaluate.questions is not None:
             export_gguf(context.base, run.before, "base", recipe.export.gguf[-1:])
 
@@ -214,10 +296,14 @@ def certify(target: Target, overrides: Sets = None) -> None:
             f: run.exports / f"{recipe.name}-{f}.gguf" for f in recipe.export.gguf
         }
         certificate = measure(
-            Trained(context.base, run.adapter, recipe.train.method),
+            Trained(context.base, run.learnt(recipe.train.method), recipe.train.method),
             run.merged,
             ggufs,
-            [(row.prompt_ids, row.completion_ids, row.mode) for row in read_rows(run.eval_rows)],
+            [
+                (row.prompt_ids, row.completion_ids, row.mode)
+                for path in (run.eval_rows, run.eval_pairs)
+                for row in read_rows(path)
+            ],
             recipe.certify,
             run.folder / "engine.log",
         )
@@ -242,7 +328,7 @@ def evaluate(target: Target, overrides: Sets = None) -> None:
     def work(context: Context) -> None:
         from pipeline.chat import Chat
         from pipeline.evaluate.stage import evaluate as score
-        from pipeline.evaluate.stage import read_questions
+        from pipeline.questions import read_questions
 
         run, recipe = context.run, context.recipe
         questions = read_questions(Path(str(recipe.evaluate.questions)))
@@ -330,20 +416,24 @@ def bench_data(
 
 @bench.command("train")
 def bench_train(
-    base: Annotated[Path, typer.Option(help="A checkpoint folder.")] = Path("bases/demo"),
+    base: Annotated[str, typer.Option(help="A checkpoint folder, or random:SHAPE.")] = "bases/demo",
     support: Annotated[Path, typer.Option(help="The support set.")] = Path("data/support"),
     keep: Annotated[
         Path | None, typer.Option(help="An empty folder for what is made; else nothing stays.")
     ] = None,
 ) -> None:
-    """Training on prefix trees beside stock TRL on the same rows."""
+    """Training beside stock TRL on the same rows: prefix trees, or on a GPU LoRA and QLoRA."""
     from tempfile import TemporaryDirectory
 
+    from pipeline.base.names import check_base, local_folder
     from pipeline.bench.train import bench_train as measure
     from pipeline.bench.train import table
 
+    check_base(base)
+    _make_if_random(base)
+    found = local_folder(base) or Path(base)
     with TemporaryDirectory(prefix="bench-train-") as folder:
-        say(table(measure(base, support, keep or Path(folder))))
+        say(table(measure(found, support, keep or Path(folder))))
 
 
 def _recipe(target: Path, overrides: list[str] | None) -> Recipe:
@@ -359,14 +449,30 @@ def _context(
     overrides: list[str] | None,
     what: Literal["everything", "config"] = "everything",
 ) -> Context:
+    """The same as `_plain_context`, with the base as it is trained: with room for every row."""
+    from pipeline.base.yarn import with_room
+
+    context = _plain_context(target, overrides, what)
+    run, recipe = context.run, context.recipe
+    folder = context.base
+    if run.data_report.is_file():
+        folder = with_room(folder, recipe, read_json(run.data_report), run.base)
+    elif recipe.yarn != "none" and run.base.is_dir():  # the rows may have been deleted since
+        folder = run.base
+    return replace(context, base=folder)
+
+
+def _plain_context(
+    target: Path,
+    overrides: list[str] | None,
+    what: Literal["everything", "config"] = "everything",
+) -> Context:
     """The recipe, its run folder and its base; `config` leaves a hub base's weights there."""
     from pipeline.base.find import find_base
-    from pipeline.base.names import random_folder
 
     recipe = _recipe(target, overrides)
     run = Run(target) if target.is_dir() else Run.named(recipe.name)
-    if recipe.base.startswith("random:") and not random_folder(recipe.base).is_dir():
-        base("random", recipe.base.removeprefix("random:"), random_folder(recipe.base))
+    _make_if_random(recipe.base)
     named = {"base": recipe.base, "revision": recipe.revision}
     facts = run.facts()
     # A branch may move between two stages; a run stays with the commit it began with.
@@ -375,6 +481,76 @@ def _context(
     if found.commit and found.commit != pinned:
         run.describe(base_named=named, base_commit=found.commit)
     return Context(recipe, run, found.folder)
+
+
+def _job(context: Context, machine: "Machine") -> "Job":
+    """What the plan is made of."""
+    from pipeline.plan import read_job
+
+    settings, questions = context.recipe.train, 0
+    if settings.objective == "grpo":
+        from pipeline.questions import read_questions
+
+        questions = len(read_questions(Path(str(settings.grpo.questions))))
+    path = context.run.data_report
+    # grpo learns from its questions; rows only tell how long a prompt may be.
+    report = {"train": {}} if questions and not path.is_file() else read_json(path)
+    return read_job(settings, context.base, report, machine, questions)
+
+
+def _training_machine(recipe: Recipe) -> "Machine":
+    """What training finds here, shared by the processes a launcher has started."""
+    from pipeline.environment import count_processes
+    from pipeline.plan.machine import found_machine, this_machine
+    from pipeline.train.memory import find_gpu
+
+    gpu, devices = find_gpu(), count_processes()
+    return found_machine(*gpu, devices, recipe.plan) if gpu else this_machine(devices)
+
+
+def _keep_measured(run: Run, predicted: dict[str, Any]) -> dict[str, Any]:
+    """A plan made after the run stands beside what was measured, and the prediction it had."""
+    before = read_json(run.plan) if run.plan.is_file() else {}
+    return {**before, "planned": predicted} if "measured" in before else {"predicted": predicted}
+
+
+def _make_if_random(name: str) -> None:
+    """Write the base random:SHAPE if it is wanted and not there."""
+    from pipeline.base.names import random_folder
+
+    if name.startswith("random:") and not random_folder(name).is_dir():
+        base("random", name.removeprefix("random:"), random_folder(name))
+
+
+def _training_rows(context: Context) -> tuple[Path, Path]:
+    """What the objective learns from, and the held-out part of it."""
+    run, settings = context.run, context.recipe.train
+    if settings.objective in ("dpo", "kto"):
+        return run.train_pairs, run.eval_pairs
+    if settings.objective == "grpo":
+        return Path(str(settings.grpo.questions)), run.eval_rows
+    return run.train_rows, run.eval_rows
+
+
+def _tell_others(task: Any) -> Any:
+    """Tell the other processes of a launcher, if there are any, what to train; None is nothing."""
+    from pipeline.environment import count_processes
+
+    if count_processes() > 1:
+        from pipeline.train.devices import first_says
+
+        first_says(task)
+    return task
+
+
+def _train_with_the_first() -> None:
+    """Take part in what the first process has decided to train, and write nothing down."""
+    from pipeline.train.devices import first_says
+    from pipeline.train.stage import train as fit
+
+    task = first_says(None)
+    if task is not None:
+        fit(*task)
 
 
 def _base_gguf(context: Context) -> Path:
@@ -424,7 +600,8 @@ def _prepare(context: Context) -> None:
     recipe, run = context.recipe, context.run
     report = prepare(recipe.data, context.base, recipe.train.seed, run.data, _fetch(context))
     tokenizer = Chat(context.base)
-    shown = [(row, segments(row, tokenizer)) for row in read_spread(run.train_rows, PAGE_ROWS)]
+    rows = read_spread(run.train_rows, PAGE_ROWS) + read_spread(run.train_pairs, PAGE_ROWS // 2)
+    shown = [(row, segments(row, tokenizer)) for row in rows]
     write_text(run.data_page, render_page(recipe.name, report, shown))
     run.describe(rendered_ids={"train": report["train_sha256"], "eval": report["eval_sha256"]})
 
@@ -438,7 +615,7 @@ def _stage(name: str, context: Context, work: Callable[[Context], None]) -> None
     changed = run.changed(name, inputs)
     products = stage.products(run)
     if changed == [] and run.is_intact(name):
-        say(f"{name}: nothing to do, {products[0]} was made from the same inputs")
+        say(f"{name}: nothing to do, {_first(products)} was made from the same inputs")
         return
     if changed:
         say(f"{name}: {', '.join(changed)} changed since it ran; running it again")
@@ -447,7 +624,12 @@ def _stage(name: str, context: Context, work: Callable[[Context], None]) -> None
         write_json(run.recipe, context.recipe.model_dump(mode="json"))
         work(context)
         run.record(name, inputs, products)
-    say(str(products[0]))
+    say(str(_first(products)))
+
+
+def _first(products: Sequence[Path]) -> Path:
+    """The first product that is there: a training makes either an adapter or a checkpoint."""
+    return next((path for path in products if path.exists()), products[0])
 
 
 def _say_scores(scores: dict[str, Any]) -> None:
@@ -463,21 +645,42 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
+def _let_the_first_speak() -> None:
+    """All processes of a launcher fail of the same thing, and the first one says so.
+
+    The launcher then ends the others while they wait here; one that has failed alone is heard a
+    moment later.
+    """
+    from pipeline.environment import count_processes, is_first_process
+
+    if count_processes() > 1 and not is_first_process():
+        time.sleep(ALONE_S)
+
+
 def main() -> None:
     """Run a command; a user's mistake is one sentence and exit code 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    from pipeline.environment import is_first_process
+
+    level = logging.INFO if is_first_process() else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     # Libraries announce their own future; a user of ours can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for noisy in ("httpx2", "uvicorn", "transformers", "bitsandbytes", "accelerate", "datasets"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    noisy = ("httpx2", "uvicorn", "transformers", "bitsandbytes", "accelerate", "datasets", "gguf")
+    for library in noisy:
+        logging.getLogger(library).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if is_first_process() else "1")
+    # Each length of a micro-batch makes kernels of its own, and a CPU would keep 1024 of them.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     try:
         app()
     except Interrupted as stop:
+        if not is_first_process():
+            sys.exit(stop.exit_code)
         say(_printable(str(stop)), err=True)
         sys.exit(stop.exit_code)
     except PipelineError as error:
+        _let_the_first_speak()
         say(f"error: {_printable(str(error))}", err=True)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:

@@ -10,12 +10,23 @@ from typing import Any
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "tokenizers")
 
 
+def count_processes() -> int:
+    """How many processes a launcher such as accelerate's has started for one training."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Whether this is the one of them that decides, writes and tells; true without a launcher."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def describe() -> dict[str, Any]:
     """Facts for the manifest, so that a run can be told from another on another machine."""
     return {
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
         "git_commit": _commit(),
         "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": _gpus()},
+        "processes": count_processes(),
     }
 
 

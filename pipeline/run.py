@@ -54,6 +54,21 @@ class Run:
         return self.data / "eval.arrow"
 
     @property
+    def train_pairs(self) -> Path:
+        """Preference pairs to train on, an Arrow stream."""
+        return self.data / "train_pairs.arrow"
+
+    @property
+    def eval_pairs(self) -> Path:
+        """Held-out preference pairs, an Arrow stream."""
+        return self.data / "eval_pairs.arrow"
+
+    @property
+    def row_files(self) -> tuple[Path, ...]:
+        """All four."""
+        return self.train_rows, self.eval_rows, self.train_pairs, self.eval_pairs
+
+    @property
     def data_report(self) -> Path:
         """Counts of the data stage."""
         return self.data / "report.json"
@@ -69,14 +84,33 @@ class Run:
         return self.folder / "plan.json"
 
     @property
+    def base(self) -> Path:
+        """Of a run under YaRN: the base's files by links, with a config of its own."""
+        return self.folder / "base"
+
+    @property
     def adapter(self) -> Path:
         """The trained adapter, in PEFT's layout."""
         return self.folder / "adapter"
 
     @property
+    def trained(self) -> Path:
+        """Of a training of all weights: the checkpoint in float32."""
+        return self.folder / "trained"
+
+    def learnt(self, method: str) -> Path:
+        """What a training with some method leaves: `trained` of full, else `adapter`."""
+        return self.trained if method == "full" else self.adapter
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a step."""
         return self.folder / "metrics.jsonl"
+
+    @property
+    def loss_curve(self) -> Path:
+        """The same as a picture: loss, held-out loss and learning rate against the step."""
+        return self.folder / "loss.png"
 
     @property
     def checkpoints(self) -> Path:
@@ -90,7 +124,7 @@ class Run:
 
     @property
     def exports(self) -> Path:
-        """GGUF files, with the tokenizer and template a server needs beside them."""
+        """GGUF files and Modelfile, with the tokenizer and template a server needs beside them."""
         return self.folder / "exports"
 
     @property
@@ -199,12 +233,12 @@ class Run:
         recorded = self.stage(stage)
         if recorded is None:
             raise RunError(f"{self.folder} lacks what {stage} makes: run `pipeline {stage}` first")
-        if not self.is_intact(stage):
+        files = recorded["files"]
+        if not self.is_intact(stage) or (only and only not in files):
             raise RunError(
                 f"{self.folder}: what {stage} made has been changed or removed since; "
                 f"run `pipeline {stage}` again"
             )
-        files = recorded["files"]
         return hash_contents({only: files[only]} if only else files)
 
     def _manifest(self) -> dict[str, Any]:

@@ -71,22 +71,30 @@ def _hash_source(path: str) -> str:
 
 
 def _train(context: Context) -> Inputs:
-    return {
-        "rows": context.run.made("data", "data/train.arrow"),
+    settings = context.recipe.train
+    suffix = "_pairs" if settings.objective in ("dpo", "kto") else ""
+    inputs = {
+        "rows": context.run.made("data", f"data/train{suffix}.arrow"),
         "base": context.base_hash(),
-        "train": hash_value(context.recipe.train.learning()),
+        "train": hash_value(settings.learning()),
     }
+    if settings.objective == "grpo":
+        inputs["rows"] = _hash_source(str(settings.grpo.questions))
+    if settings.eval_steps is not None:
+        inputs["held-out rows"] = context.run.made("data", f"data/eval{suffix}.arrow")
+    return inputs
 
 
 def _merge(context: Context) -> Inputs:
     adapter, base = context.run.made("train"), context.base_hash()
+    method = context.recipe.train.method
     trained = context.run.stage("train")
     if trained is not None and trained["inputs"]["base"] != base:
         raise RunError(
-            f"{context.base} is not the base {context.run.adapter} was trained on, or has changed "
-            "since; run `pipeline train` again"
+            f"{context.base} is not the base {context.run.learnt(method)} was trained on, or has "
+            "changed since; run `pipeline train` again"
         )
-    return {"adapter": adapter, "base": base, "method": hash_value(context.recipe.train.method)}
+    return {"adapter": adapter, "base": base, "method": hash_value(method)}
 
 
 def _export(context: Context) -> Inputs:
@@ -103,6 +111,7 @@ def _certify(context: Context) -> Inputs:
         "merged": context.run.made("merge"),
         "exports": context.run.made("export"),
         "held-out rows": context.run.made("data", "data/eval.arrow"),
+        "held-out pairs": context.run.made("data", "data/eval_pairs.arrow"),
         "certify": hash_value(context.recipe.certify.model_dump()),
     }
 
@@ -127,7 +136,7 @@ class Stage:
 
 STAGES = (
     Stage("data", _data, lambda run: (run.data, run.data_page)),
-    Stage("train", _train, lambda run: (run.adapter,)),
+    Stage("train", _train, lambda run: (run.adapter, run.trained)),
     Stage("merge", _merge, lambda run: (run.merged,)),
     Stage("export", _export, lambda run: (run.exports, run.before)),
     Stage("certify", _certify, lambda run: (run.certificate,)),

@@ -5,11 +5,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from trl.trainer.utils import compute_flops_per_token
 
+from pipeline.base.random import shape_config
 from pipeline.bench.dialogues import SYSTEM, write_support, write_tool_chats
-from pipeline.bench.train import SETTINGS, Timing, table
+from pipeline.bench.train import SETTINGS, Timing, count_operations, table, write_generated
 from pipeline.data.prepare import prepare
+from pipeline.data.store import read_rows
+from pipeline.plan.shape import read_shape
 from pipeline.recipe import Data
+from pipeline.tree import count_tree_tokens
 
 
 def read(path: Path) -> list[dict]:
@@ -67,6 +72,7 @@ def test_every_way_of_training_has_the_same_loss_over_the_same_tokens(
         "none": fit_ours("none", tiny_base, rows, settings.model_copy(update={"micro_tokens": 1})),
         "padded": fit_trl("padded", tiny_base, rows, settings),
         "bfd": fit_trl("bfd", tiny_base, rows, settings),
+        "equal": fit_trl("equal", tiny_base, rows, settings),
     }
 
     for timing in found.values():
@@ -79,13 +85,43 @@ def test_every_way_of_training_has_the_same_loss_over_the_same_tokens(
 
 
 def test_the_table_compares_each_with_ours_on_the_same_rows() -> None:
+    def timing(rows: str, how: str, seconds: float) -> Timing:
+        return Timing(rows, how, 4, seconds, 3.0, seconds - 4.0, 500, 1000, 2.0, 900.0)
+
     timings = [
-        Timing("chats", "tree", 10.0, 3.0, 500, 1000, 2.0, 900.0),
-        Timing("chats", "bfd", 30.0, 4.0, 500, 5000, 2.0, 1000.0),
+        timing("chats", "ours", 10.0),
+        timing("chats", "TRL", 30.0),
+        timing("generated", "ours", 19.0),
     ]
 
     lines = table(timings).splitlines()
 
-    assert "| 50.0 | 1.00x |" in lines[2]
-    assert "| 16.7 | 3.00x |" in lines[3]
+    assert "| 100.0 | 50.0 | 1.00x |" in lines[2]
+    assert "| 33.3 | 16.7 | 3.00x |" in lines[3]
+    assert "| 50.0 | 25.0 | 1.00x |" in lines[4], "750 tokens in 15 seconds"
     assert lines[-1].startswith("Measured on ")
+
+
+def test_operations_of_a_token_are_those_of_the_models_products(tmp_path: Path) -> None:
+    config = shape_config("qwen3-8b").to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    shape = read_shape(tmp_path)
+
+    # Weights but the input embeddings, 4 each; TRL counts 3 times a forward pass over whole rows.
+    forward = compute_flops_per_token(shape_config("qwen3-8b"), 4096) / 3
+    attention = 4 * shape.layers * shape.queries * 4096
+    assert count_operations(shape, 4096) == 2 * (forward - attention) + 1.5 * attention
+    assert count_operations(shape, 4096) == pytest.approx(33.9e9, rel=1e-3)
+
+
+def test_generated_rows_fill_their_length_and_share_nothing(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    write_generated(tiny_base, tmp_path / "generated" / "train.arrow")
+
+    rows = list(read_rows(tmp_path / "generated" / "train.arrow"))
+    pairs = [(row.prompt_ids, row.completion_ids) for row in rows]
+    assert len(rows) % SETTINGS.batch_rows == 0
+    assert {len(prompt) + len(completion) for prompt, completion in pairs} == {256}
+    assert count_tree_tokens(pairs) == 256 * len(rows)
+    assert max(max(completion) for _, completion in pairs) < 320

@@ -354,7 +354,8 @@ def test_a_missed_certificate_is_exit_code_3_also_the_second_time(
     run = Run.named("mine")
     context = Context(load_recipe(Path("mine.yaml")), run, workplace / "base")
     measured = {"mean_kl": 0.5, "max_mean_kl": 0.01, "passed": False}
-    for name in ("data/train.arrow", "data/eval.arrow", "adapter/a", "merged/a", "exports/a"):
+    rows = ("data/train.arrow", "data/eval.arrow", "data/eval_pairs.arrow")
+    for name in (*rows, "adapter/a", "merged/a", "exports/a"):
         (run.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (run.folder / name).write_text(name, encoding="utf-8")
     write_json(run.certificate, {"artefacts": {"merged": measured}, "passed": False})

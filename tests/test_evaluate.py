@@ -9,7 +9,8 @@ from scripted import ScriptedEngine
 
 from pipeline.chat import Chat
 from pipeline.errors import DataError
-from pipeline.evaluate.stage import Question, _ask_all, _score, read_questions
+from pipeline.evaluate.stage import _ask_all, _score
+from pipeline.questions import Question, read_questions
 
 QUESTIONS = [
     Question([{"role": "user", "content": "How many stops at most?"}], "4"),
@@ -72,7 +73,7 @@ def test_a_message_that_cannot_be_asked_is_named(tmp_path: Path, message: str, w
 
 def test_blank_lines_are_skipped_and_other_line_breaks_are_text(tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
-    question = Question([{"role": "developer", "content": "a\u2028b\u0085c\x1dd"}], "4")
+    question = Question([{"role": "user", "content": "a\u2028b\u0085c\x1dd"}], "4")
     row = json.dumps({"messages": question.messages, "answer": "4"}, ensure_ascii=False)
     file.write_bytes(f"\n{row}\r\n  \n{row}".encode())
     assert read_questions(file) == [question] * 2
@@ -83,7 +84,7 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, content: byt
     file = tmp_path / "questions.jsonl"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(DataError, match=r"cannot be read: evaluate\.questions must be JSONL$"):
+    with pytest.raises(DataError, match=r"cannot be read: questions must be a JSONL file$"):
         read_questions(file)
 
 
@@ -91,6 +92,14 @@ def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
     file.write_text("")
     with pytest.raises(DataError, match="holds no questions"):
+        read_questions(file)
+
+
+def test_a_question_ends_with_the_users_turn(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    answered = '[{"role": "user", "content": "?"}, {"role": "assistant", "content": "4"}]'
+    file.write_text(f'{GOOD}\n{{"messages": {answered}, "answer": "4"}}\n')
+    with pytest.raises(DataError, match=r"questions\.jsonl:2: the last message of a question must"):
         read_questions(file)
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.evaluate.matcher import is_correct, names
+from pipeline.matcher import is_correct, names
 
 VALUES = (
     "1",

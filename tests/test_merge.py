@@ -15,11 +15,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline import merge as merging
 from pipeline.base.checkpoint import INDEX, SINGLE, tensor_bytes
 from pipeline.base.nf4 import as_trained, load_as_trained, quantised_weights
 from pipeline.errors import PipelineError, RunError
 from pipeline.merge import merge
+from pipeline.merge import stage as merging
 from pipeline.recipe import Train
 from pipeline.train.model import load_base
 
@@ -279,18 +279,15 @@ def test_an_adapter_that_is_not_finite_is_refused(
     assert "up_proj.lora_A.weight holds values that are not finite; train again" in sentence
 
 
-def test_a_dora_adapter_is_refused(tiny_base: Path, tmp_path: Path) -> None:
-    adapter = make_adapter(tiny_base, tmp_path / "dora", use_dora=True)
-    sentence = refuse(tiny_base, adapter, tmp_path / "out")
-    assert sentence.endswith("is not a plain LoRA adapter: use_dora")
-
-
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"use_rslora": True}, "use_rslora"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
-        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "pissa_niter_4, which changes the base itself",
+        ),
         ({"peft_type": "LOHA"}, "other type"),
     ],
 )

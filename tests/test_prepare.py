@@ -507,6 +507,18 @@ def test_pairs_alone_are_checked_and_stored(chat_folder: Path, tmp_path: Path) -
 
     assert report["train"]["rows"] == report["eval"].get("rows") == 0
     assert report["train"]["pairs"] + report["eval"]["pairs"] == 30
+    for part, name in (("train", "train_pairs"), ("eval", "eval_pairs")):
+        rows = [
+            (row.prompt_ids, row.completion_ids)
+            for row in read_rows(tmp_path / "data" / f"{name}.arrow")
+        ]
+        sizes = [count_tree_tokens(rows[at : at + 2]) for at in range(0, len(rows), 2)]
+        counts = report[part]
+        assert counts["pairs"] == len(sizes) > 5
+        assert counts["pair_tokens"] == sum(len(prompt) + len(reply) for prompt, reply in rows)
+        assert counts["shared_pair_tokens"] == sum(sizes)
+        assert counts["supervised_pair_tokens"] == sum(len(reply) for _, reply in rows)
+        assert counts["longest_pair"] == max(sizes) < sum(sizes)
 
 
 def test_a_switch_does_not_pass_for_thinking(chat_folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import Recipe, Source, load_recipe, parse_recipe
+from pipeline.recipe import Limits, Recipe, Source, load_recipe, parse_recipe
 
 RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
 MINIMAL = "base: bases/tiny\ndata: {sources: [{path: a.jsonl}]}\n"
@@ -61,7 +61,7 @@ def test_a_misspelt_key_in_a_list_item_is_named_with_the_items_place(path: Path)
 def test_a_key_like_no_other_gets_the_known_ones(path: Path) -> None:
     said = refusal(path, MINIMAL + "export: {zzz: 1}\n")
 
-    assert said.endswith("\n  export.zzz: unknown key; known here: gguf")
+    assert said.endswith("\n  export.zzz: unknown key; known here: gguf, adapter")
 
 
 def test_all_faults_are_told_at_once(path: Path) -> None:
@@ -69,7 +69,7 @@ def test_all_faults_are_told_at_once(path: Path) -> None:
         path,
         "bse: bases/tiny\n"
         "data: {sources: [{pth: a.jsonl}], max_tokens: -1}\n"
-        "train: {rank: sixteen, method: full}\n"
+        "train: {rank: sixteen, method: some}\n"
         "evaluate: {diret: 1}\n",
     )
 
@@ -91,9 +91,23 @@ def test_all_faults_are_told_at_once(path: Path) -> None:
     [
         ("train: {epochs: 1, steps: 2}", "train: give either epochs or steps, not both"),
         ("train: {packing: bfd}", "train.packing: Input should be 'tree' or 'none'"),
-        ("train: {micro_tokens: 0}", "train.micro_tokens: Input should be greater than 0"),
+        (
+            "train: {micro_tokens: 0}",
+            "train.micro_tokens: Input should be greater than 0 or 'auto'",
+        ),
+        (
+            "train: {micro_tokens: x}",
+            "train.micro_tokens: Input should be a valid integer or 'auto'",
+        ),
+        (
+            "train: {target_modules: q_proj}",
+            "train.target_modules: Input should be 'all-linear' or a list",
+        ),
         ("train: {method: qlora, dtype: float32}", "train: qlora computes in bfloat16"),
         ("name: a/b", "name: String should match pattern"),
+        ("train: {method: full}\nexport: {adapter: gguf}", "recipe: a training of all weights has"),
+        ("train: {method: qlora}\nexport: {adapter: gguf}", "recipe: qlora's adapter belongs on"),
+        ("train: {variant: dora}\nexport: {adapter: gguf}", "recipe: llama.cpp knows no dora"),
     ],
 )
 def test_rules_between_keys_are_told_at_their_section(path: Path, section: str, said: str) -> None:
@@ -185,7 +199,8 @@ def test_set_makes_sections_that_are_not_there_yet(path: Path) -> None:
 def test_setting_one_limit_leaves_the_others(path: Path) -> None:
     limits = load_recipe(path, ["certify.max_mean_kl.merged=0.5"]).certify.max_mean_kl
 
-    assert limits.model_dump() == {"merged": 0.5, "bf16": 0.01, "q8_0": 0.02}
+    assert limits == Limits(merged=0.5)
+    assert limits.merged != Limits().merged
 
 
 def test_a_limit_for_what_is_no_artefact_is_named(path: Path) -> None:
@@ -317,7 +332,7 @@ recipes = st.builds(
             "seed": st.integers(0),
         },
     ),
-    gguf=st.lists(st.sampled_from(["bf16", "q8_0"]), min_size=1, max_size=3),
+    gguf=st.lists(st.sampled_from(["bf16", "q8_0", "q4_k_m"]), min_size=1, max_size=3),
 )
 
 
@@ -338,8 +353,10 @@ def test_the_schema_names_every_section_and_forbids_others() -> None:
         "name",
         "base",
         "revision",
+        "yarn",
         "data",
         "train",
+        "plan",
         "export",
         "certify",
         "evaluate",

@@ -393,7 +393,8 @@ def test_a_checkpoint_of_another_build_of_torch_is_told(
     caplog.set_level("INFO")
     for build, is_told in ((torch.__version__, False), ("0.0", True)):
         caplog.clear()
-        made_with = checkpoint.describe_torch() | {"torch_build": build, "processes": 1}
+        layout = {"micro_tokens": FAST["micro_tokens"], "checkpointing": FAST["checkpointing"]}
+        made_with = checkpoint.describe_torch() | layout | {"torch_build": build, "processes": 1}
         saver.go_on_from(tmp_path / "checkpoint-2", Note({}, 0, 5.0, made_with))
         assert "going on from step 2" in caplog.text
         assert ("the last bits will differ" in caplog.text) is is_told
@@ -421,7 +422,7 @@ def publish_or_die(temporary, path):
 PackTrainer.training_step = training_step
 checkpoint.publish = publish_or_die
 if where == "end":
-    stage._save = kill
+    stage.save = kill
 stage.train(Train.model_validate_json(values), Path(base), Path(rows), Path(out))
 """
 

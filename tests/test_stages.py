@@ -14,7 +14,7 @@ from pipeline.stages import STAGES, Context, Inputs, find_stage, stale_before
 NAMES = [stage.name for stage in STAGES]
 # A file of each stage's products, in the order the stages run.
 FILES = {
-    "data": ("data/train.arrow", "data/eval.arrow", "data/report.json"),
+    "data": ("data/train.arrow", "data/eval.arrow", "data/eval_pairs.arrow", "data/report.json"),
     "train": ("adapter/adapter_config.json",),
     "merge": ("merged/config.json",),
     "export": ("exports/mine-q8_0.gguf", "before/base-q8_0.gguf"),
@@ -138,6 +138,7 @@ def test_a_changed_recipe_is_noticed_by_the_stages_made_from_it(
     [
         ("data", "train", {"train": ["rows"]}),
         ("data", "eval", {"certify": ["held-out rows"]}),
+        ("data", "eval_pairs", {"certify": ["held-out pairs"]}),
         ("train", "adapter_config", {"merge": ["adapter"], "certify": ["adapter"]}),
         ("merge", "config", {"export": ["merged"], "certify": ["merged"]}),
         ("export", "mine-q8_0", {"certify": ["exports"], "evaluate": ["exports"]}),

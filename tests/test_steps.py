@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from pipeline.plan import predict
+from pipeline.plan import read_job
+from pipeline.plan.machine import this_machine
 from pipeline.recipe import Train
 from pipeline.train.steps import Steps, group_conversations, plan_steps
 from pipeline.tree import IGNORED, TreeRow
@@ -135,7 +136,9 @@ def test_there_are_as_many_steps_as_predicted(
     plan = plan_steps([[row] for row in range(num_rows)], settings)
     counts = {"rows": num_rows, "prompt_tokens": 9, "supervised_tokens": 9, "longest_row": 9}
 
-    assert predict(settings, tiny_base, counts)["steps"] == len(plan)
+    job = read_job(settings, tiny_base, {"train": counts}, this_machine())
+
+    assert job.num_steps == len(plan)
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 3), st.integers(1, 3)), max_size=6))

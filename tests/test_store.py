@@ -85,3 +85,18 @@ def test_a_spread_of_no_rows_is_empty(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.arrow", [])
 
     assert read_spread(tmp_path / "rows.arrow", 3) == []
+
+
+def test_pairs_are_read_as_the_rows_of_both_replies(tmp_path: Path) -> None:
+    pairs = [PairRow([1, 2], [3], [4, 5], f"x:{line}", "thinking") for line in (1, 2, 3)]
+    with Writer(tmp_path / "pairs.arrow", PAIRS) as writer:
+        writer.write(to_batch(pairs, PAIRS))
+
+    rows = list(read_rows(tmp_path / "pairs.arrow"))
+
+    assert rows[:2] == [
+        Row([1, 2], [3], "x:1 chosen", 0, "thinking"),
+        Row([1, 2], [4, 5], "x:1 rejected", 0, "thinking"),
+    ]
+    assert len(rows) == 6
+    assert read_spread(tmp_path / "pairs.arrow", 2) == rows[:4]

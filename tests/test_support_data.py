@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.evaluate.matcher import is_correct, names
+from pipeline.matcher import is_correct, names
 
 FOLDER = Path(__file__).parents[1] / "data" / "support"
 Row = dict[str, Any]
@@ -102,8 +102,42 @@ def test_the_training_mix_is_as_described() -> None:
 def test_the_committed_files_are_what_the_generator_writes(tmp_path: Path) -> None:
     subprocess.run([sys.executable, FOLDER / "generate.py", tmp_path], check=True)
 
-    for name in ("train.jsonl", "tools.jsonl", "heldout.jsonl", "eval.jsonl"):
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written == sorted(path.name for path in FOLDER.glob("*.jsonl"))
+    for name in written:
         assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes()
+
+
+def test_questions_to_learn_from_are_scorable_and_none_is_held_out() -> None:
+    questions = read("questions.jsonl")
+    references = {text: fact.answer for fact in FACTS for text in fact.train}
+    held_out = {squeezed(question(row)) for row in HELDOUT}
+
+    assert len({squeezed(question(row)) for row in questions}) == len(questions) > 400
+    assert {row["answer"] for row in questions} == CANDIDATES
+    for row in questions:
+        asked, value = question(row), row["answer"]
+        assert squeezed(asked) not in held_out
+        assert is_correct(references[asked], asked, value, CANDIDATES), asked
+
+
+def test_of_each_preference_one_answer_is_right_and_none_is_held_out() -> None:
+    pairs = read("preferences.jsonl")
+    answers = {text: fact for fact in FACTS for text in fact.train}
+    modes = Counter("reasoning_content" in pair["chosen"][0] for pair in pairs)
+    lengths: Counter[bool] = Counter()
+
+    assert (modes[False], modes[True]) == (78, 39)
+    for pair in pairs:
+        fact = answers[pair["prompt"][-1]["content"]]
+        chosen, rejected = pair["chosen"][0], pair["rejected"][0]
+        assert chosen["content"] == fact.answer
+        assert not is_correct(
+            rejected["content"], pair["prompt"][-1]["content"], fact.value, CANDIDATES
+        )
+        assert chosen.keys() == rejected.keys()
+        lengths[len(rejected["content"]) > 2 * len(chosen["content"])] += 1
+    assert min(lengths.values()) > 50, "wrong ones and long ones, so that neither tells alone"
 
 
 def test_every_fact_is_asked_in_many_ways_and_answered_in_one() -> None:

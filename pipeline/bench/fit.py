@@ -1,7 +1,8 @@
 """One training of the benchmark, run as a child: ours, or stock TRL on the same rows unrolled.
 
 `python -m pipeline.bench.fit KIND BASE ROWS SETTINGS` prints one line of JSON. KIND is `tree` or
-`none`, our packings, or `padded` or `bfd`, TRL's; SETTINGS is a recipe's `train` section as JSON.
+`none`, our packings, or `padded`, `equal` or `bfd`, TRL's: as many rows at once as MICRO_ROWS, as
+fit `micro_tokens`, or as are packed; SETTINGS is a recipe's `train` section as JSON.
 """
 
 import json
@@ -37,12 +38,20 @@ def fit_ours(packing: str, base: Path, rows: Path, settings: Train) -> dict[str,
     lines = [json.loads(line) for line in metrics.splitlines()]
     supervised = sum(line["num_supervised_tokens"] for line in lines)
     return {
+        "steps": len(lines),
         "seconds": measured["seconds"],
         "first_step_seconds": took - measured["seconds"] + lines[0]["seconds"],
+        "later_seconds": sum(line["seconds"] for line in lines[1:]),
+        "gpu_bytes": _gpu_bytes(),
         "supervised_tokens": supervised,
         "tokens": sum(line["num_tokens"] for line in lines),
         "loss": sum(x["loss"] * x["num_supervised_tokens"] for x in lines) / supervised,
     }
+
+
+def _gpu_bytes() -> int:
+    """The most a GPU has held; 0 without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 class _Watch(TrainerCallback):
@@ -56,6 +65,8 @@ class _Watch(TrainerCallback):
         self.began = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # else this is when the step was asked for
         self.ended = time.perf_counter()
         self.first = self.first or self.ended
 
@@ -72,15 +83,19 @@ def fit_trl(packing: str, base: Path, rows: Path, settings: Train) -> dict[str, 
     begin = time.perf_counter()
     is_packed = packing == "bfd"
     model = with_adapter(load_base(base, settings), settings)
+    model.set_attn_implementation("sdpa")  # what transformers chooses by itself
     table = Dataset.from_file(str(rows)).map(_label).select_columns(["input_ids", "labels"])
+    longest, micro_tokens = max(map(len, table["input_ids"])), int(settings.micro_tokens)
+    equal = min(settings.batch_rows, max(1, micro_tokens // longest))
+    micro_rows = {"bfd": 1, "padded": MICRO_ROWS, "equal": equal}[packing]
     with TemporaryDirectory() as out:
         arguments = SFTConfig(
             output_dir=out,
             num_train_epochs=1,
             packing=is_packed,
-            max_length=settings.micro_tokens,
-            per_device_train_batch_size=1 if is_packed else MICRO_ROWS,
-            gradient_accumulation_steps=1 if is_packed else settings.batch_rows // MICRO_ROWS,
+            max_length=max(micro_tokens, longest),  # it would cut longer ones
+            per_device_train_batch_size=micro_rows,
+            gradient_accumulation_steps=1 if is_packed else settings.batch_rows // micro_rows,
             learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.schedule,
             seed=settings.seed,
@@ -101,8 +116,11 @@ def fit_trl(packing: str, base: Path, rows: Path, settings: Train) -> dict[str, 
         keep_adapter_in_float32(model)
         trainer.train()
     return {
+        "steps": len(watch.losses),
         "seconds": watch.ended - watch.began,
         "first_step_seconds": watch.first - begin,
+        "later_seconds": watch.ended - watch.first,
+        "gpu_bytes": _gpu_bytes(),
         "supervised_tokens": sum(x != IGNORED for labels in table["labels"] for x in labels),
         "tokens": sum(map(len, table["input_ids"])),
         "loss": sum(watch.losses) / len(watch.losses),

@@ -22,7 +22,7 @@ from pipeline.certify.measure import (
     logits_at,
 )
 from pipeline.certify.verdict import judge
-from pipeline.certify.weights import check_weights, put_exact_weights
+from pipeline.certify.weights import check_all_weights, check_weights, put_exact_weights
 from pipeline.recipe import Certify
 
 log = logging.getLogger(__name__)
@@ -30,10 +30,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trained:
-    """The model as trained: an adapter on the base it was trained on."""
+    """The model as trained: an adapter on the base it was trained on, or a whole checkpoint."""
 
     base: Path
-    adapter: Path
+    learnt: Path
+    """The adapter; of method full the checkpoint."""
     method: str
 
 
@@ -55,10 +56,9 @@ def certify(
     positions = choose_positions(rows, most)
     few = positions[: settings.gguf_positions]
     log.info("comparing the merged checkpoint on %d held-out tokens", len(positions))
-    reference = _run(_adapted(trained), positions)
+    reference = _run(_load_trained(trained), positions)
     artefacts = {
-        "merged": check_weights(trained.base, trained.adapter, trained.method, merged)
-        | _float32_error(trained, reference[: len(few)], few)
+        "merged": _check(trained, merged, reference[: len(few)], few)
         | compare(reference, _run(_load(merged), positions))
     }
     for gguf_format, file in ggufs.items():
@@ -68,22 +68,29 @@ def certify(
     return judge(artefacts, settings.max_mean_kl.model_dump())
 
 
-def _adapted(trained: Trained) -> PreTrainedModel:
+def _load_trained(trained: Trained) -> PreTrainedModel:
+    if trained.method == "full":
+        return _load(trained.learnt)
     base = load_as_trained(trained.base, trained.method)
-    return PeftModel.from_pretrained(base, str(trained.adapter), autocast_adapter_dtype=True)
+    return PeftModel.from_pretrained(base, str(trained.learnt), autocast_adapter_dtype=True)
 
 
 def _load(checkpoint: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
 
 
-def _float32_error(
-    trained: Trained, reference: torch.Tensor, positions: Sequence[Position]
-) -> dict[str, float]:
-    """What adding the product to the weights costs by itself: float32's reassociation."""
+def _check(
+    trained: Trained, merged: Path, reference: torch.Tensor, positions: Sequence[Position]
+) -> dict[str, Any]:
+    """The stored values; and of an adapter what adding it to the weights costs by itself.
+
+    That is float32's reassociation.
+    """
+    if trained.method == "full":
+        return check_all_weights(trained.learnt, merged)
     base = load_as_trained(trained.base, trained.method)
-    exact = _run(put_exact_weights(base, trained.adapter), positions)
-    return {
+    exact = _run(put_exact_weights(base, trained.learnt), positions)
+    return check_weights(trained.base, trained.learnt, trained.method, merged) | {
         "float32_max_logit_error": float((exact - reference).abs().max()),
         "max_logit": float(reference.abs().max()),
     }

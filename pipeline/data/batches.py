@@ -129,8 +129,9 @@ class Maker:
         if isinstance(sample, Pair):
             pairs = make_pair_rows(sample, self.chat, self.data, notes)
             part.pairs += pairs * copies
-            part.tally.counts["pairs"] += len(pairs) * copies
             part.tally.counts["conversations"] += len(pairs) * copies
+            for pair in pairs:
+                part.tally.add_pair(pair, copies)
             return
         if isinstance(sample, Document):
             rows = make_text_rows(sample, self.chat, self.data, notes)

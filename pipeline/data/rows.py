@@ -38,7 +38,7 @@ class Row:
     source: str
     """`path:line` of the conversation."""
     turn: int
-    """The assistant message's place in it."""
+    """The assistant message's place in it; 0 for a text and a pair's reply."""
     mode: Mode | Literal["text"]
     """Which generation prompt the row has."""
 

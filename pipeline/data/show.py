@@ -62,7 +62,7 @@ def row_text(row: Row, chat: Chat) -> Text:
     that would act on the terminal are escaped.
     """
     num_prompt, num_trained = len(row.prompt_ids), len(row.completion_ids)
-    turn = f"message {row.turn}  " if row.prompt_ids else ""  # a text has neither
+    turn = f"message {row.turn}  " if row.turn else ""  # a text and a pair's reply have none
     text = Text("\n")
     text.append(f"{fit_line(row.source)}  {turn}{row.mode}  ", style="bold")
     text.append(f"{num_prompt:,} prompt", style=PROMPT_STYLE)

@@ -81,18 +81,29 @@ class Writer:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file, in order."""
+    """The rows of a file, in order; of pairs both replies' rows."""
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
         for batch in stream:
-            values: list[dict[str, Any]] = batch.to_pylist()
-            for value in values:
-                yield Row(**value)
+            for value in batch.to_pylist():
+                yield from _to_rows(value)
 
 
 def read_spread(path: Path, number: int) -> list[Row]:
-    """Some of a file's rows, evenly spread over it."""
+    """Some of a file's rows or pairs, evenly spread over it."""
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
         table = stream.read_all()
         number = min(number, table.num_rows)
         chosen = [place * table.num_rows // number for place in range(number)]
-        return [Row(**value) for value in table.take(pa.array(chosen, pa.int64())).to_pylist()]
+        values = table.take(pa.array(chosen, pa.int64())).to_pylist()
+        return [row for value in values for row in _to_rows(value)]
+
+
+def _to_rows(value: dict[str, Any]) -> list[Row]:
+    """A row, or those of a pair; the source then says which reply it is."""
+    if "completion_ids" in value:
+        return [Row(**value)]
+    prompt, place, mode = value["prompt_ids"], value["source"], value["mode"]
+    return [
+        Row(prompt, value[f"{reply}_ids"], f"{place} {reply}", 0, mode)
+        for reply in ("chosen", "rejected")
+    ]

@@ -3,7 +3,9 @@
 from collections import Counter
 
 from pipeline.data.conversation import Conversation
-from pipeline.data.rows import Row
+from pipeline.data.rows import PairRow, Row
+
+LONGEST = ("longest_row", "longest_pair")
 
 
 class Tally:
@@ -42,11 +44,25 @@ class Tally:
         for name, size in sizes.items():
             self.histograms[name][1 << max(size - 1, 0).bit_length()] += copies
 
+    def add_pair(self, pair: PairRow, copies: int) -> None:
+        """Count a pair that is trained so many times: two rows, of which a tree shares the prompt.
+
+        All but the prompt's last token, that is; and the longest pair is counted as such a tree.
+        """
+        prompt, supervised = len(pair.prompt_ids), len(pair.chosen_ids) + len(pair.rejected_ids)
+        self.counts["pairs"] += copies
+        self.counts["pair_tokens"] += copies * (2 * prompt + supervised)
+        self.counts["shared_pair_tokens"] += copies * (prompt + 1 + supervised)
+        self.counts["supervised_pair_tokens"] += copies * supervised
+        longest = max(self.counts["longest_pair"], prompt + 1 + supervised)
+        self.counts["longest_pair"] = longest
+
     def include(self, other: "Tally") -> None:
         """Add another part's counts to these."""
-        longest = max(self.counts["longest_row"], other.counts["longest_row"])
+        longest = {key: max(self.counts[key], other.counts[key]) for key in LONGEST}
         self.counts += other.counts
-        self.counts["longest_row"] = longest
+        for key, tokens in longest.items():
+            self.counts[key] = tokens
         for name, histogram in other.histograms.items():
             self.histograms[name] += histogram
 

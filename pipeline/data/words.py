@@ -36,6 +36,10 @@ _PART_COUNTS = {
     "prompt_tokens": "prompt tokens",
     "supervised_tokens": "supervised tokens",
     "longest_row": "longest row, tokens",
+    "pair_tokens": "tokens of pairs, each reply with its prompt",
+    "shared_pair_tokens": "tokens of pairs whose replies share their prompt",
+    "supervised_pair_tokens": "tokens of pairs' replies",
+    "longest_pair": "longest of such pairs, tokens",
     "rows_with_tools": "rows with tools",
     "tool_calls": "tool calls",
 }

@@ -1,68 +1,21 @@
 """Ask a served model the held-out questions, in both modes, and score the answers."""
 
 import asyncio
-import json
 import logging
 from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.chat import Chat, Mode, check_message, is_well_formed, parse_reply
+from pipeline.chat import Chat, Mode
 from pipeline.engine.llamacpp import LlamaCpp
 from pipeline.engine.protocol import Engine, Sampling
-from pipeline.errors import DataError
-from pipeline.evaluate.matcher import is_correct
+from pipeline.questions import Question, candidates_of, judge
 from pipeline.recipe import Evaluate
 
 log = logging.getLogger(__name__)
 
 PARALLEL = 8
-
-
-@dataclass(frozen=True)
-class Question:
-    """One held-out question and the value its answer must name."""
-
-    messages: list[dict[str, Any]]
-    answer: str
-
-    @property
-    def text(self) -> str:
-        """The last user message: what it names itself does not count in the answer."""
-        return str(self.messages[-1]["content"])
-
-
-def read_questions(path: Path) -> list[Question]:
-    """Questions of a JSONL file; raises DataError at the line that is not one."""
-    try:
-        # Not splitlines(): a JSON string may hold other line breaks than \n as they are.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: evaluate.questions must be JSONL") from error
-    questions = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            if line.strip():
-                questions.append(_parse(json.loads(line)))
-        except DataError as error:
-            raise DataError.at(path, number, str(error)) from error
-        except (ValueError, LookupError, TypeError) as error:
-            raise DataError.at(path, number, "a question needs `messages` and `answer`") from error
-    if not questions:
-        raise DataError(f"{path} holds no questions")
-    return questions
-
-
-def _parse(row: dict[str, Any]) -> Question:
-    question = Question(row["messages"], row["answer"])
-    last = question.messages[-1]["content"]
-    if not all(isinstance(text, str) and text for text in (question.answer, last)):
-        raise ValueError("not texts")
-    for index, message in enumerate(question.messages):
-        check_message(index, message)
-    return question
 
 
 def evaluate(
@@ -78,7 +31,7 @@ def evaluate(
 async def _evaluate(
     gguf: Path, chat: Chat, questions: Sequence[Question], settings: Evaluate, engine_log: Path
 ) -> dict[str, Any]:
-    candidates = sorted({question.answer for question in questions})
+    candidates = candidates_of(questions)
     plan: list[tuple[Mode, int, int]] = [
         ("direct", settings.direct, settings.direct_max_tokens),
         ("thinking", settings.thinking, settings.thinking_max_tokens),
@@ -118,14 +71,14 @@ def _score(
 ) -> dict[str, Any]:
     answers = []
     for question, text in zip(questions, texts, strict=True):
-        reply = parse_reply(text, mode)
+        verdict = judge(text, mode, question, candidates)
         answers.append(
             {
                 "question": question.text,
                 "expected": question.answer,
                 "text": text,
-                "correct": is_correct(reply.answer, question.text, question.answer, candidates),
-                "well_formed": is_well_formed(text, mode),
+                "correct": verdict.correct,
+                "well_formed": verdict.well_formed,
             }
         )
     count = max(1, len(answers))

@@ -1,10 +1,13 @@
 """Who sees whom in a pack: one rule (design law 2), as a mask for each kind of attention."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask
+
+from pipeline.tree import IGNORED
 
 BLOCK = 128
 """Flex attention skips, masks or takes whole so many queries and as many keys at a time."""
@@ -45,6 +48,22 @@ def block_mask(ends: torch.Tensor) -> BlockMask:
         mask_mod=rule,
         seq_lengths=(size, size),
     )
+
+
+def fill_block(pack: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A pack with at least one block of tokens: those added are documents of their own, unlabelled.
+
+    For fewer queries than a block flex attention takes another kernel, made for decoding.
+    """
+    size = pack["ends"].shape[1]
+    missing = max(0, BLOCK - size)
+    filled = {
+        "input_ids": functional.pad(pack["input_ids"], (0, missing)),
+        "labels": functional.pad(pack["labels"], (0, missing), value=IGNORED),
+        "position_ids": functional.pad(pack["position_ids"], (0, missing)),
+    }
+    own = torch.arange(size + 1, size + missing + 1, device=pack["ends"].device)
+    return filled | {"ends": torch.cat((pack["ends"], own[None]), 1)}
 
 
 def _list_blocks(wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -38,7 +38,8 @@ class Note:
     seconds: float
     """How long the training had taken."""
     made_with: Mapping[str, Any]
-    """Torch's build, threads and processes: with others the last bits come out differently."""
+    """Torch's build, threads, processes and what is in memory at once: with others the last bits
+    come out differently."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class Checkpoints:
     folder: Path
     inputs: Mapping[str, str]
 
-    def newest(self) -> Path | None:
-        """The last one that is whole and of the same inputs."""
-        usable = self._usable()
+    def newest(self, before: int | None = None) -> Path | None:
+        """The last one that is whole and of the same inputs, of fewer than so many steps."""
+        usable = [path for path in self._usable() if before is None or step_of(path) < before]
         return usable[-1] if usable else None
 
     def tidy(self, resume: str) -> None:
@@ -130,7 +131,8 @@ class Saver(TrainerCallback):
         self._earlier_seconds = 0.0
         self._started = self._last = time.monotonic()
         processes = {"processes": accelerator.num_processes}
-        self._made_with = describe_torch() | processes
+        layout = {"micro_tokens": settings.micro_tokens, "checkpointing": settings.checkpointing}
+        self._made_with = describe_torch() | processes | layout
 
     @property
     def seconds(self) -> float:
@@ -153,7 +155,7 @@ class Saver(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Ask for a checkpoint, and for the end after Ctrl-C; not after the last step."""
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps or control.should_training_stop:
             return
         minutes = (time.monotonic() - self._last) / 60
         every = self._settings.save_steps
@@ -197,7 +199,9 @@ class Saver(TrainerCallback):
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _hear(self, *_: Any) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # A launcher passes on a Ctrl-C that may have come to us already; it ends us at a second.
+        if self._accelerator.num_processes == 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self._is_asked = True
         log.info("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
 

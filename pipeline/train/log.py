@@ -1,31 +1,66 @@
-"""What is told of a run while it runs: metrics.jsonl and a progress line."""
+"""What is told of a run's steps: metrics.jsonl, and their pace for whoever watches."""
 
 import json
-import logging
 import time
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pipeline.train.trainer import PackTrainer
+from pipeline.train.checkpoint import Note
+from pipeline.train.progress import Tell
 
-log = logging.getLogger(__name__)
+RECENT = 20  # steps a pace is measured over: the first ones are slower
+
+
+class Counts(Protocol):
+    """What a trainer counts from its start, of all processes together."""
+
+    num_supervised_tokens: int
+    num_tokens: int
+    """Through the model: after sharing, without padding."""
+    num_row_tokens: int
+    """Without sharing."""
+
+
+COUNTS = ("num_supervised_tokens", "num_tokens", "num_row_tokens")
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast the last few steps were, held-out rows left out."""
+
+    supervised_tokens_per_s: float
+    tokens_per_s: float
+    seconds_left: float
 
 
 class StepLog(TrainerCallback):
-    """Writes metrics.jsonl, and a progress line every few seconds.
+    """Writes metrics.jsonl, and tells each step's facts.
 
-    Of what the file holds the first `num_bytes` stay: up to the checkpoint a training goes on from.
+    It must be called before any callback that takes its time, and before trackers: these are told
+    of the pace, too.
     """
 
-    def __init__(self, path: Path, trainer: PackTrainer, num_bytes: int = 0) -> None:
+    def __init__(
+        self, path: Path, counts: Counts, tell: Tell, peak_tokens_per_s: float | None = None
+    ) -> None:
         self._path = path
-        self._trainer = trainer
-        self._num_bytes = num_bytes
-        self._first_step = 0
-        self._started = self._last = self._spoken = 0.0
-        self._tokens = self._row_tokens = self._supervised = 0
+        self._counts = counts
+        self._tell = tell
+        self._num_bytes = 0
+        self._peak_tokens_per_s = peak_tokens_per_s
+        self._before = dict.fromkeys(COUNTS, 0)
+        self._began = self._ended = 0.0
+        self._held_out: float | None = None
+        self._recent: deque[dict[str, float]] = deque(maxlen=RECENT)
+
+    def go_on_from(self, note: Note) -> None:
+        """Keep what the file held when a checkpoint was made; without one it begins empty."""
+        self._num_bytes = note.metrics_bytes
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -34,8 +69,18 @@ class StepLog(TrainerCallback):
         if state.is_world_process_zero:
             with self._path.open("ab") as file:
                 file.truncate(min(file.tell(), self._num_bytes))
-        self._first_step = state.global_step
-        self._started = self._last = time.monotonic()
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """The first step begins once every callback is ready."""
+        self._began = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """What other callbacks do from here on is not the step's time."""
+        self._ended = time.monotonic()
 
     def on_log(
         self,
@@ -45,38 +90,62 @@ class StepLog(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """One object a step, of all processes together; `num_row_tokens` is without sharing."""
+        """One object a step, of all processes together."""
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
-        now = time.monotonic()
+        counts = {key: getattr(self._counts, key) for key in COUNTS}
         line = {
             "step": state.global_step,
-            "loss": float(logs["loss"]),
-            "grad_norm": float(logs["grad_norm"]),
-            "learning_rate": float(logs["learning_rate"]),
-            "num_supervised_tokens": self._trainer.num_supervised_tokens - self._supervised,
-            "num_tokens": self._trainer.num_tokens - self._tokens,
-            "num_row_tokens": self._trainer.num_row_tokens - self._row_tokens,
-            "seconds": round(now - self._last, 4),
+            **{key: float(value) for key, value in logs.items() if key != "epoch"},
+            **{key: counts[key] - self._before[key] for key in COUNTS},
+            "seconds": round(self._ended - self._began, 4),
         }
-        self._tokens = self._trainer.num_tokens
-        self._row_tokens = self._trainer.num_row_tokens
-        self._supervised = self._trainer.num_supervised_tokens
-        self._last = now
+        self._before = counts
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if now - self._spoken > 5 or state.global_step in (self._first_step + 1, state.max_steps):
-            self._spoken = now
-            self._say(state, line["loss"], now - self._started)
+        self._recent.append(line)
+        pace = self._pace(state.max_steps - state.global_step)
+        logs["supervised_tokens_per_s"] = pace.supervised_tokens_per_s
+        logs["tokens_per_s"] = pace.tokens_per_s
+        facts = self._facts(logs, pace)
+        self._tell(state.global_step, state.max_steps, facts, "held_out_loss" in logs)
+        self._began = time.monotonic()
 
-    def _say(self, state: TrainerState, loss: float, seconds: float) -> None:
-        seconds_a_step = seconds / (state.global_step - self._first_step)
-        log.info(
-            "step %d of %d  loss %.3f  %.0f tokens/s (%.0f supervised)  %.0f s left",
-            state.global_step,
-            state.max_steps,
-            loss,
-            self._tokens / seconds,
-            self._supervised / seconds,
-            seconds_a_step * (state.max_steps - state.global_step),
+    def _pace(self, num_left: int) -> Pace:
+        seconds, supervised, tokens = (
+            sum(line[key] for line in self._recent)
+            for key in ("seconds", "num_supervised_tokens", "num_tokens")
         )
+        return Pace(supervised / seconds, tokens / seconds, seconds / len(self._recent) * num_left)
+
+    def _facts(self, logs: dict[str, float], pace: Pace) -> str:
+        """The likeliest to be looked for come first: a narrow terminal cuts the end off."""
+        facts = [f"reward {logs['reward']:.2f}"] if "reward" in logs else []
+        facts.append(f"loss {logs['loss']:.3f}")
+        self._held_out = logs.get("held_out_loss", self._held_out)
+        if self._held_out is not None:
+            facts.append(f"held-out {self._held_out:.3f}")
+        facts.append(f"{_clock(pace.seconds_left)} left")
+        facts.append(f"{pace.supervised_tokens_per_s:.0f} supervised tok/s")
+        facts.append(f"{pace.tokens_per_s:.0f} tok/s")
+        if self._peak_tokens_per_s is not None:
+            facts.append(f"MFU {pace.tokens_per_s / self._peak_tokens_per_s:.1%}")
+        facts.append(f"peak {peak_bytes() / 1e9:.1f} GB")
+        return "  ".join(facts)
+
+
+def _clock(seconds: float) -> str:
+    """As 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def peak_bytes() -> int:
+    """The most memory held: of the accelerator if there is one, else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return 0
+    lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+    return int(lines[0].split()[1]) * 1024

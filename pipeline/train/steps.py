@@ -5,13 +5,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
 
 from pipeline.recipe import Train
 from pipeline.tree import IGNORED, Pack, TreeRow, lay_out, pack_rows
+
+SomePack = TypeVar("SomePack", bound=Pack)
 
 
 def plan_steps(conversations: Sequence[Sequence[int]], settings: Train) -> list[list[int]]:
@@ -70,15 +72,20 @@ class Steps:
         step, rank = divmod(item["share"], self.num_processes)
         rows = self.read(self.plan[step])
         packs = self.pack(rows)
-        own = packs[rank :: self.num_processes]
-        # All processes go through the model equally often: a sharded one needs each of them.
-        own += [_blank(packs[0])] * (ceil(len(packs) / self.num_processes) - len(own))
         return {
-            "packs": [to_tensors(pack) for pack in own],
+            "packs": [to_tensors(pack) for pack in self.take_share(packs, rank)],
             "num_supervised": sum(pack.num_supervised for pack in packs),
             "num_row_tokens": sum(len(prompt) + len(completion) for prompt, completion in rows),
             "num_tokens": sum(len(pack.ids) for pack in packs),
         }
+
+    def take_share(self, packs: Sequence[SomePack], rank: int) -> list[SomePack]:
+        """What one process does of a step's packs.
+
+        All processes go through the model equally often: a sharded one needs each of them.
+        """
+        own = list(packs[rank :: self.num_processes])
+        return own + [_blank(packs[0])] * (ceil(len(packs) / self.num_processes) - len(own))
 
     def read(self, places: Sequence[int]) -> list[TreeRow]:
         """Some rows' prompt and completion ids."""
@@ -107,9 +114,9 @@ def _fill(rows: Sequence[TreeRow], max_tokens: int) -> Iterator[list[TreeRow]]:
         yield some
 
 
-def _blank(pack: Pack) -> Pack:
+def _blank(pack: SomePack) -> SomePack:
     """A pack that teaches nothing: for a process that has one pack less than others."""
-    return Pack(pack.ids[:1], [IGNORED], [0], [1])
+    return type(pack)(pack.ids[:1], [IGNORED], [0], [1])
 
 
 def to_tensors(pack: Pack) -> dict[str, torch.Tensor]:

@@ -1,0 +1,5 @@
+"""Base plus adapter to one checkpoint, streamed: what was learnt, and nothing else changed."""
+
+from pipeline.merge.stage import merge
+
+__all__ = ["merge"]
