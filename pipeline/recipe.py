@@ -211,8 +211,8 @@ class Train(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the frozen base is held and computed in; an adapter itself is always float32."""
     checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
-    """full: activations are computed again in the backward pass, for memory; selective: all but
-    those of attention. auto: the least of it with which the plan says a row fits."""
+    """full: activations are computed again in the backward pass, for memory; selective: those of
+    every second layer. auto: the least of it with which the plan says enough tokens fit."""
     compile: Literal["none", "layers"] = "none"
     """layers: torch compiles each kind of layer once, which takes a minute and pays on a GPU."""
     eval_steps: PositiveInt | None = None
@@ -307,8 +307,8 @@ class Train(Section):
             raise ValueError("grpo has no held-out loss; remove eval_steps")
         if self.dropout:
             raise ValueError("grpo learns from what the adapter itself replies; dropout must be 0")
-        if self.variant in ("pissa", "olora") and self.grpo.beta:
-            raise ValueError(f"{self.variant} changes the base grpo.beta compares with; set 0")
+        if self.checkpointing == "selective":
+            raise ValueError("TRL's trainer for grpo checkpoints all layers or none; set full")
         return self
 
 

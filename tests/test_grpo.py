@@ -294,10 +294,25 @@ def test_a_line_that_is_no_question_is_one_sentence(workplace: Path, pipeline: P
     assert not list((workplace / "runs" / "mine").glob("adapter*"))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_:FutureWarning")  # TRL's own calls
+def test_checkpointing_comes_back_after_the_replies_and_changes_nothing(build: Any) -> None:
+    """TRL turns it off while replies are made, and on again by its own call."""
+    learnt = []
+    for word in ("none", "full"):
+        trainer = build({"max_tokens": 4}, batch_rows=2, steps=2, checkpointing=word)
+        trainer.train()
+        layers = trainer.model.base_model.model.model.layers
+        assert [layer.gradient_checkpointing for layer in layers] == [word == "full"] * 2
+        learnt.append([p.detach() for p in trainer.model.parameters() if p.requires_grad])
+    torch.testing.assert_close(*learnt)
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
         ({"dropout": 0.1}, "dropout must be 0"),
+        ({"checkpointing": "selective"}, "checkpoints all layers or none"),
         ({"eval_steps": 5}, "remove eval_steps"),
         ({"variant": "pissa", "grpo": {"questions": "q", "beta": 0.1}}, "pissa changes the base"),
         ({"grpo": {}}, "needs grpo.questions"),

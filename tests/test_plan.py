@@ -20,7 +20,7 @@ from pipeline.plan import predict, read_job, settle
 from pipeline.plan.gpus import GPUS
 from pipeline.plan.job import Job
 from pipeline.plan.machine import Machine, found_machine, planned_machine, this_machine
-from pipeline.plan.memory import NF4_BYTES
+from pipeline.plan.memory import NF4_BYTES, layer_bytes
 from pipeline.plan.rows import read_rows
 from pipeline.plan.settle import CHECKPOINTING, FILLED, find_changes, is_fitting
 from pipeline.plan.shape import read_shape
@@ -337,6 +337,43 @@ def test_a_mask_for_every_pair_of_tokens_is_held_on_a_cpu_only(qwen: Path) -> No
     assert cpu.memory(20_000)["logits"] > 10_000 * 151_936 * 4 > gpu.memory(20_000)["logits"]
 
 
+def test_each_layer_keeps_its_own_mask_on_a_cpu_unless_it_computes_again(qwen: Path) -> None:
+    none, full = (
+        job(Train(checkpointing=word), qwen, LONG_ROWS, this_machine()).memory(1000)["mask"]
+        for word in ("none", "full")
+    )
+    assert none - full == 35 * 2 * 1000**2
+
+
+def test_selective_is_halfway_between_none_and_full(qwen: Path) -> None:
+    none, selective, full = (
+        predict(job(Train(checkpointing=word, micro_tokens=1000), qwen))
+        for word in ("none", "selective", "full")
+    )
+    held = [p["memory_bytes"]["activations"] for p in (none, selective, full)]
+    # one of the layers that compute again holds, while it does, what the others keep
+    layer = layer_bytes(Train(), read_shape(qwen), is_cpu=False) * none["held_tokens"]
+    assert 2 * held[1] - held[0] - held[2] == pytest.approx(layer)
+    computed = [p["operations"] for p in (none, selective, full)]
+    assert computed[1] - computed[0] == pytest.approx(computed[2] - computed[1])
+
+
+def test_devices_that_exchange_gradients_hold_them_twice(qwen: Path) -> None:
+    one, two = (job(Train(), qwen, LONG_ROWS, on("H100", devices=n)) for n in (1, 2))
+    settled = {"checkpointing": "full"}
+    assert two.change(**settled).memory(9)["gradients"] == (
+        2 * one.change(**settled).memory(9)["gradients"]
+    )
+
+
+@pytest.mark.parametrize(("micro_tokens", "held"), [(10, 150), (400, 400), (10**6, 800)])
+def test_at_least_the_longest_row_is_held_and_at_most_a_step(
+    tiny: Path, micro_tokens: int, held: int
+) -> None:
+    """Sixteen rows of a hundred tokens, half of them shared, and none of them longer than usual."""
+    assert job(Train(batch_rows=16), tiny).held_tokens(micro_tokens) == held
+
+
 def test_sharding_divides_all_but_what_goes_through_a_device(qwen: Path) -> None:
     settings = Train(method="full", checkpointing="full", micro_tokens=4096)
     predicted = predict(job(settings, qwen, LONG_ROWS, on("H100", devices=4)))
@@ -415,6 +452,19 @@ def test_the_largest_micro_batch_fits_and_one_more_token_does_not(qwen: Path, wo
     assert most > 0
     assert planned.fits(most)
     assert not planned.fits(most + 1)
+
+
+def test_the_search_ends_at_its_limit_and_at_nothing(tiny: Path) -> None:
+    planned = job(Train(checkpointing="none"), tiny)
+    assert planned.most_tokens(777) == 777
+    assert replace(planned, machine=Machine("G", 10**6)).most_tokens(777) == 0
+
+
+def test_the_word_that_was_given_need_not_leave_a_useful_micro_batch(qwen: Path) -> None:
+    rows = report(rows=1000, prompt=350, supervised=50, longest=500)
+    given = Train(method="qlora", checkpointing="none")
+    settled = settle(job(given, qwen, rows, on("RTX 4090")))
+    assert 1000 < settled.tokens_at_once < 4096
 
 
 def test_more_memory_is_never_used_for_less(qwen: Path) -> None:

@@ -69,7 +69,7 @@ def test_all_faults_are_told_at_once(path: Path) -> None:
         path,
         "bse: bases/tiny\n"
         "data: {sources: [{pth: a.jsonl}], max_tokens: -1}\n"
-        "train: {rank: sixteen, method: some}\n"
+        "train: {rank: sixteen, method: some, micro_tokens: some}\n"
         "evaluate: {diret: 1}\n",
     )
 
@@ -81,6 +81,7 @@ def test_all_faults_are_told_at_once(path: Path) -> None:
         "data.sources.0.pth",
         "evaluate.diret",
         "train.method",
+        "train.micro_tokens",
         "train.rank",
     ]
     assert "bse: unknown key; did you mean base?" in said

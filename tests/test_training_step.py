@@ -196,12 +196,27 @@ def test_the_log_has_a_line_a_step_and_its_counts_add_up(trained: Any, rows: lis
     assert measured["peak_bytes"] > 50_000_000
 
 
+@pytest.mark.parametrize("word", ["selective", "full"])
 def test_checkpointing_changes_nothing_but_memory(
-    trained: Any, tiny_base: Path, rows_file: Path, tmp_path: Path
+    word: str, trained: Any, tiny_base: Path, rows_file: Path, tmp_path: Path
 ) -> None:
-    train(settings(checkpointing="full"), tiny_base, rows_file, tmp_path)
+    train(settings(checkpointing=word), tiny_base, rows_file, tmp_path)
     for name, values in adapter_weights(trained("lora")[0]).items():
         torch.testing.assert_close(adapter_weights(tmp_path)[name], values)
+
+
+@pytest.mark.parametrize(
+    ("word", "passes"), [("none", [1, 1]), ("selective", [2, 1]), ("full", [2, 2])]
+)
+def test_which_layers_are_computed_again(
+    word: str, passes: list[int], tiny_base: Path, rows_file: Path
+) -> None:
+    trainer = build_trainer(tiny_base, rows_file, checkpointing=word, micro_tokens=10_000, steps=1)
+    calls = []
+    for number, layer in enumerate(trainer.model.base_model.model.model.layers):
+        layer.self_attn.register_forward_hook(lambda *_, number=number: calls.append(number))
+    trainer.train()
+    assert [calls.count(0), calls.count(1)] == passes
 
 
 def test_chosen_modules_alone_get_an_adapter(tiny_base: Path) -> None:

@@ -114,12 +114,16 @@ def _activations(settings: Train, shape: Shape, is_cpu: bool) -> float:
     ends = (4 + 2 * residual) * shape.hidden
     # Backward through the MLP: gradients of gate, up and their product, and a float32 cast of two.
     work = (3 * value + 8) * shape.inner
-    if settings.checkpointing == "none":
-        return shape.layers * layer + ends + work
-    kept = residual * shape.hidden
-    if settings.checkpointing == "selective":
-        kept += value * shape.queries + 4 * shape.heads
-    return shape.layers * kept + layer + ends + work
+    again = layers_again(settings, shape)
+    at_work = layer if again else 0  # one at a time is computed again
+    return (shape.layers - again) * layer + again * residual * shape.hidden + at_work + ends + work
+
+
+def layers_again(settings: Train, shape: Shape) -> int:
+    """How many layers keep nothing but their input, and are computed again."""
+    return {"none": 0, "selective": (shape.layers + 1) // 2}.get(
+        settings.checkpointing, shape.layers
+    )
 
 
 def layer_bytes(settings: Train, shape: Shape, is_cpu: bool) -> float:
@@ -195,5 +199,6 @@ def _mask(settings: Train, shape: Shape, load: Load) -> float:
     if not load.is_cpu:
         return 40.0 * (load.tokens / 128) ** 2
     # Booleans, and what is added to the scores: each layer's own copy, kept for its backward pass.
-    copies = shape.layers if settings.checkpointing == "none" else 1
+    again = layers_again(settings, shape)
+    copies = shape.layers - again + (again > 0)
     return load.tokens**2 * (1 + copies * BYTES[settings.dtype])

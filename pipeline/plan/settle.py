@@ -18,9 +18,6 @@ LONGEST_SEARCH = 1 << 20
 """Tokens: no context is longer."""
 CHECKPOINTING = ("none", "selective", "full")
 """From the most memory to the least."""
-AUTOMATIC = ("none", "full")
-"""What auto chooses from. Flex attention is no operation that torch's policies can keep, so on a
-GPU selective would be full."""
 FREE: dict[str, Any] = {"micro_tokens": "auto", "checkpointing": "auto"}
 
 
@@ -35,7 +32,7 @@ def settle(job: Job) -> Train:
     given = job.settings
     words: tuple[str, ...] = (given.checkpointing,)
     if given.checkpointing == "auto":
-        words = AUTOMATIC
+        words = _ways(given)
     for word in words:
         least = job.rows.longest if word == words[-1] else USEFUL_TOKENS
         settled = _with_tokens(job.change(checkpointing=word), least)
@@ -43,6 +40,11 @@ def settle(job: Job) -> Train:
             return settled
     tokens = job.rows.longest if given.micro_tokens == "auto" else given.micro_tokens
     return _changed(given, checkpointing=words[-1], micro_tokens=tokens)
+
+
+def _ways(settings: Train) -> tuple[str, ...]:
+    """What checkpointing may be; TRL's trainer for grpo checkpoints all layers or none."""
+    return CHECKPOINTING if settings.objective != "grpo" else ("none", "full")
 
 
 def _with_tokens(job: Job, least: int) -> Train | None:
@@ -64,7 +66,8 @@ def _changed(settings: Train, **values: Any) -> Train:
 def largest_batches(job: Job) -> dict[str, int]:
     """For each checkpointing the most tokens that fit at once; 0 where the weights alone do not."""
     return {
-        word: job.change(checkpointing=word).most_tokens(LONGEST_SEARCH) for word in CHECKPOINTING
+        word: job.change(checkpointing=word).most_tokens(LONGEST_SEARCH)
+        for word in _ways(job.settings)
     }
 
 

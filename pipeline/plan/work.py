@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.plan.machine import Machine
-from pipeline.plan.memory import BYTES, NF4_BYTES
+from pipeline.plan.memory import BYTES, NF4_BYTES, layers_again
 from pipeline.plan.rows import Rows
 from pipeline.plan.shape import Shape
 from pipeline.recipe import Train
@@ -11,7 +11,7 @@ from pipeline.recipe import Train
 EFFICIENCY = 0.42
 """Of a GPU's dense bf16 rate. Published for LoRA on 8B models: 0.42 (NVIDIA AutoModel, one H100)
 and 0.41 (IBM fms-acceleration, one A100)."""
-CPU_OPERATIONS = 25e9
+CPU_OPERATIONS = 40e9
 """A second and core: a guess, which the measured time beside it corrects."""
 
 
@@ -39,8 +39,7 @@ def count_work(settings: Train, shape: Shape, rows: Rows, is_cpu: bool) -> Work:
     forward = 2.0 * shape.num_linear() + 2 * adapter
     useful = (4 + trained) * shape.num_linear() + 6 * adapter + 3 * attention
     useful += (4 + trained) * head
-    again = 0.0 if settings.checkpointing == "none" else forward
-    again += attention if settings.checkpointing == "full" else 0
+    again = layers_again(settings, shape) / shape.layers * (forward + attention)
     again += 0 if is_cpu else 2 * head  # the fused head computes its tiles again
     # dpo: the base's log-probabilities. kto: also both models', of the mismatched replies.
     passes = {"dpo": 1, "kto": 3}.get(settings.objective, 0)
@@ -62,7 +61,7 @@ def step_seconds(
     if machine.gpu is None:
         return None
     computing = tokens * work.computed / (EFFICIENCY * machine.gpu.bf16_tflops * 1e12)
-    passes = (2 if settings.checkpointing == "none" else 3) * max(1.0, tokens / micro_tokens)
+    passes = (2 + layers_again(settings, shape) / shape.layers) * max(1.0, tokens / micro_tokens)
     bandwidth = machine.gpu.bandwidth_gbs * 1e9
     weights = shape.num_linear() * BYTES[settings.dtype]
     reading = passes * weights / bandwidth

@@ -14,6 +14,9 @@ def make_arguments(kind: Any, settings: Train, scratch: Path, **own: Any) -> Any
 
     Raises RunError if the devices at hand cannot train that way.
     """
+    again: dict[str, Any] = {"use_reentrant": False}
+    if settings.checkpointing == "selective":
+        again["every_n_layers"] = 2
     arguments = kind(
         output_dir=str(scratch),
         num_train_epochs=1,  # the plan of the steps has all epochs
@@ -24,8 +27,8 @@ def make_arguments(kind: Any, settings: Train, scratch: Path, **own: Any) -> Any
         weight_decay=settings.weight_decay,
         seed=settings.seed,
         bf16=settings.dtype == "bfloat16",
-        activation_checkpointing=settings.checkpointing == "full",
-        activation_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing=settings.checkpointing != "none",
+        activation_checkpointing_kwargs=again,
         remove_unused_columns=False,
         logging_steps=1,
         logging_nan_inf_filter=False,  # a loss that is no number must be seen
