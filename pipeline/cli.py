@@ -675,9 +675,8 @@ def main() -> None:
     try:
         app()
     except Interrupted as stop:
-        if not is_first_process():
-            sys.exit(stop.exit_code)
-        say(_printable(str(stop)), err=True)
+        if is_first_process():
+            say(_printable(str(stop)), err=True)
         sys.exit(stop.exit_code)
     except PipelineError as error:
         _let_the_first_speak()

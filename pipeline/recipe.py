@@ -202,7 +202,7 @@ class Train(Section):
     they are so in expectation only."""
     micro_tokens: PositiveInt | Literal["auto"] = "auto"
     """Tokens in memory at once; a longer row is by itself. auto: as many as the plan says fit the
-    GPU, and 4096 without one."""
+    GPU; without one 4096, or twice the longest row."""
     learning_rate: PositiveFloat = LEARNING_RATES["lora"]
     """By default 2e-4 for an adapter, 1e-5 for all weights and grpo, 5e-6 for preferences."""
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.train.checkpoint import Note
+from pipeline.train.memory import peak_bytes
 from pipeline.train.progress import Tell
 
 RECENT = 20  # steps a pace is measured over: the first ones are slower
@@ -138,14 +138,3 @@ def _clock(seconds: float) -> str:
     """As 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
-def peak_bytes() -> int:
-    """The most memory held: of the accelerator if there is one, else of this process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return 0
-    lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-    return int(lines[0].split()[1]) * 1024

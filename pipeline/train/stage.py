@@ -22,7 +22,8 @@ from pipeline.train.devices import first_says, gather_trained
 from pipeline.train.explosion import StopOnExplosion
 from pipeline.train.grpo import build_grpo
 from pipeline.train.held_out import HeldOut
-from pipeline.train.log import StepLog, peak_bytes
+from pipeline.train.log import StepLog
+from pipeline.train.memory import peak_bytes
 from pipeline.train.model import keep_adapter_in_float32, make_model
 from pipeline.train.pairs import PairSteps, read_pair_steps
 from pipeline.train.preference import PreferenceTrainer
