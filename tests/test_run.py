@@ -113,6 +113,14 @@ def test_one_file_of_a_stage_has_a_hash_of_its_own(run: Run) -> None:
     assert run.made("data", "data/train.arrow") == before[1]
 
 
+def test_a_file_the_stage_did_not_make_yet_is_asked_for(run: Run) -> None:
+    """A run folder may be older than what its stages make now."""
+    product(run, "data/train.arrow")
+    run.record("data", {}, [run.data])
+    with pytest.raises(RunError, match="run `pipeline data` again"):
+        run.made("data", "data/eval_pairs.arrow")
+
+
 def test_facts_and_stages_live_side_by_side(run: Run) -> None:
     run.describe(seed=42)
     run.record("data", {}, [])
