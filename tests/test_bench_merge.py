@@ -42,14 +42,16 @@ def test_every_way_is_measured_and_nothing_stays(tiny_base: Path, tmp_path: Path
 
     assert [timing.what for timing in timings] == [
         "a copy, with fsync",
+        "its sha256, once for a run",
         "ours",
         "ours, over the base in 4 bit",
         "PEFT's merge_and_unload",
     ]
     assert {path.name for path in tmp_path.iterdir()} == {"bench-merge.json"}
     weights = (tiny_base / "model.safetensors").stat().st_size
-    copy, *others = timings
-    assert all(weights <= timing.disk_bytes < 2 * weights for timing in timings)
+    copy, hashes, *others = timings
+    assert all(weights <= timing.disk_bytes < 2 * weights for timing in (copy, *others))
+    assert hashes.disk_bytes < 10_000
     assert all(timing.peak_bytes > 5 * copy.peak_bytes for timing in others), "these load torch"
 
 
@@ -75,9 +77,10 @@ def test_what_does_not_fit_peft_has_a_smaller_shape_beside_it(
     monkeypatch.setattr(bench.shutil, "disk_usage", lambda _: free)
     bench_merge(tiny_base, 4, tmp_path / "again")
 
-    shape = asked[3][0]
-    assert asked[:3] == [("tiny", "a copy"), ("tiny", "ours"), ("tiny", "ours")]
-    assert asked[3:5] == [(shape, "a copy"), (shape, "ours")]
+    shape = asked[4][0]
+    whats = ["a copy", "its sha256", "ours", "ours"]
+    assert asked[:4] == [("tiny", what) for what in whats]
+    assert asked[4:8] == [(shape, what) for what in whats]
     assert asked[-1] == (shape, "PEFT's merge_and_unload")
     assert shape.startswith("qwen3-")
     assert not (tmp_path / "again" / shape).exists()

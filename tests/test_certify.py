@@ -71,7 +71,15 @@ def test_a_true_merge_is_certified(
     assert (artefact["adapted"], artefact["wrong_values"]) == (14, 0)
     assert artefact["values"] == sum(p.numel() for p in load(tiny_base).parameters())
     assert artefact["positions"] == 312
-    assert artefact["positions_by_mode"] == {"direct": 156, "thinking": 156}
+    modes = artefact["by_mode"]
+    assert {mode: found["positions"] for mode, found in modes.items()} == {
+        "direct": 156,
+        "thinking": 156,
+    }
+    assert sum(found["mean_kl"] for found in modes.values()) / 2 == pytest.approx(
+        artefact["mean_kl"]
+    )
+    assert modes["direct"]["effect"] != modes["thinking"]["effect"]
     assert 0 < artefact["mean_kl"] <= artefact["max_kl"] < 1e-3
     assert 0.99 < artefact["effect"] < 1
     assert artefact["perplexity"] == pytest.approx(artefact["trained_perplexity"], rel=1e-2)
@@ -337,6 +345,18 @@ def test_fewer_tokens_than_wanted_are_told(
     assert [record.message for record in caplog.records if "wanted" in record.message] == [told]
     with pytest.raises(RunError, match="there is no held-out token"):
         certify(Trained(tiny_base, tiny_adapter, "lora"), {}, [], SETTINGS, merged / "log")
+
+
+def test_a_mode_of_which_nothing_is_held_out_is_told(
+    tiny_base: Path, tiny_adapter: Path, merged: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = Trained(tiny_base, tiny_adapter, "lora")
+    certificate = certify(trained, {"merged": merged}, ROWS[:3], SETTINGS, merged / "log")
+    assert certificate["artefacts"]["merged"]["by_mode"].keys() == {"direct"}
+    assert "no held-out token is of mode thinking, of which nothing is proved" in caplog.text
+    caplog.clear()
+    measure(tiny_base, tiny_adapter, merged)
+    assert "nothing is proved" not in caplog.text
 
 
 @pytest.mark.parametrize(

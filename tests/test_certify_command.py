@@ -5,9 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from adapters import make_adapter
 from conftest import Pipeline, conversation
+from safetensors.torch import load_file
 
+from pipeline.base.checkpoint import SINGLE
 from pipeline.certify.foreign import kind_of
 from pipeline.errors import RunError
 from pipeline.export import export_gguf
@@ -91,7 +94,7 @@ def test_a_bad_input_is_one_sentence(
         ({"artefact": folder / "adapter"}, "adapter holds no checkpoint: config.json is missing"),
         ({"artefact": wider}, f"was not made from {tiny_base}: its vocab_size is 400, not 320"),
         ({"artefact": awq}, "awq is in awq; of checkpoints in fewer bits only"),
-        ({"artefact": cut}, "cut cannot be loaded: "),
+        ({"artefact": cut}, "cut holds no weights: model.safetensors is missing"),
         ({"base": tmp_path / "none"}, "none is no folder: give one with a checkpoint"),
         ({"adapter": folder / "merged"}, "merged is not an adapter: adapter_config.json is missin"),
         ({"prompts": tmp_path / "none"}, "none"),
@@ -106,6 +109,28 @@ def test_a_bad_input_is_one_sentence(
         assert said.code == 2, words
         assert said.out == ""
         assert words in said.err.splitlines()[-1], said.err
+
+
+@pytest.mark.parametrize("which", ["artefact", "adapter", "base"])
+def test_a_pickle_is_refused_unopened(
+    tiny_base: Path,
+    folder: Path,
+    pipeline: Pipeline,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    which: str,
+) -> None:
+    caplog.set_level("INFO")
+    whole = {"artefact": folder / "merged", "adapter": folder / "adapter", "base": tiny_base}[which]
+    pickled = Path(shutil.copytree(whole, tmp_path / "pickled"))
+    (weights,) = pickled.glob("*model.safetensors")
+    name = "adapter_model.bin" if which == "adapter" else "pytorch_model.bin"
+    torch.save(load_file(weights), pickled / name)  # which PEFT and transformers would load
+    weights.unlink()
+    said = pipeline("certify", *options(tiny_base, folder, **{which: pickled}))
+    assert (said.code, said.out) == (2, "")
+    assert "which can run code" in said.err.splitlines()[-1]
+    assert "comparing" not in caplog.text, "minutes of work before the error"
 
 
 def test_a_run_and_a_pair_are_not_given_together(pipeline: Pipeline, workplace: Path) -> None:
@@ -124,6 +149,7 @@ def test_a_checkpoint_is_judged_as_what_its_configuration_says(
         config = json.loads((folder / "merged" / "config.json").read_text())
         config["quantization_config"] = {"quant_method": "compressed-tensors", "format": stored}
         (tmp_path / kind).mkdir()
+        (tmp_path / kind / SINGLE).touch()
         (tmp_path / kind / "config.json").write_text(json.dumps(config))
         assert kind_of(tmp_path / kind, tiny_base) == kind
 
@@ -153,5 +179,4 @@ def test_conversations_are_read_in_our_own_format_too(
     chats = tmp_path / "chats.jsonl"
     chats.write_text("".join(conversation(f"{i}?") for i in range(4)), encoding="utf-8")
     said = pipeline("certify", *options(tiny_base, folder, prompts=chats))
-    positions = json.loads(said.out)["artefacts"]["merged"]["positions_by_mode"]
-    assert positions.keys() == {"thinking"}
+    assert json.loads(said.out)["artefacts"]["merged"]["by_mode"].keys() == {"thinking"}

@@ -88,6 +88,22 @@ def test_a_gguf_file_of_the_merge_passes_and_one_of_the_base_does_not(
         refuse_if_missed(certificate)
 
 
+def test_both_modes_are_asked_of_a_gguf_file_however_long_the_rows_of_one_are(
+    tiny_base: Path, tiny_gguf: Path, rows: list[HeldOut], tmp_path: Path
+) -> None:
+    """And each position is held against its own, though rows between them are left out."""
+    adapter = make_adapter(tiny_base, tmp_path / "none", b_scale=0)
+    long, _, other = rows
+    short: HeldOut = (other[0], other[1][:3], other[2])
+    wanted = settings().model_copy(update={"gguf_positions": 12})
+    trained, log = Trained(tiny_base, adapter, "lora"), tmp_path / "log"
+    mixed = [long, long, *[short] * 4]
+    artefact = certify(trained, {"bf16": tiny_gguf}, mixed, wanted, log)["artefacts"]["bf16"]
+    counts = {mode: found["positions"] for mode, found in artefact["by_mode"].items()}
+    assert counts == {"direct": 6, "thinking": 6}
+    assert artefact["max_kl"] < 1e-5
+
+
 def test_an_adapter_as_gguf_is_certified_over_its_base_as_gguf(
     tiny_base: Path, tiny_gguf: Path, rows: list[HeldOut], tmp_path: Path
 ) -> None:

@@ -18,6 +18,8 @@ from pipeline.certify.measure import (
     compare_likeliest,
     count_modes,
     logits_of,
+    places_by_mode,
+    share_positions,
     summarise,
 )
 
@@ -105,9 +107,42 @@ def test_rows_are_whole_ones_with_the_modes_in_turn() -> None:
     direct, second, thinking = ROWS
     assert choose_rows(ROWS, 100) == [direct, thinking, second]
     prompt, completion, mode = thinking
-    assert choose_rows(ROWS, 5) == [direct, (prompt, completion[:1], mode)]
-    assert choose_rows(ROWS, 4) == [direct]
-    assert count_modes(choose_rows(ROWS, 5)) == {"direct": 4, "thinking": 1}
+    assert choose_rows(ROWS, 8) == [direct, (prompt, completion[:4], mode)]
+    assert count_modes(choose_rows(ROWS, 8)) == {"direct": 4, "thinking": 4}
+
+
+counts = st.lists(st.tuples(st.sampled_from(["direct", "thinking", "text"]), st.integers(1, 9)))
+
+
+@given(counts, st.integers(0, 60))
+def test_each_mode_gets_its_share_however_long_its_rows_are(
+    lengths: list[tuple[Any, int]], most: int
+) -> None:
+    rows: list[HeldOut] = [([1], [2] * length, mode) for mode, length in lengths]
+    taken = share_positions(rows, most)
+    there, shares = count_modes(rows), dict.fromkeys(count_modes(rows), 0)
+    for size, (mode, length) in zip(taken, lengths, strict=True):
+        assert 0 <= size <= length
+        shares[mode] += size
+    assert sum(taken) == min(most, sum(there.values())), "as many as there are"
+    for mode, share in shares.items():
+        assert share == there[mode] or share + 1 >= max(shares.values())
+        own = [
+            (size, length) for size, (m, length) in zip(taken, lengths, strict=True) if m == mode
+        ]
+        cut = [size < length for size, length in own]
+        assert cut == sorted(cut), "the first rows are whole"
+
+
+def test_positions_are_told_apart_by_mode() -> None:
+    places = places_by_mode(ROWS)
+    assert {mode: which.nonzero().flatten().tolist() for mode, which in places.items()} == {
+        "direct": [0, 1, 2, 3, 4, 5],
+        "thinking": [6, 7, 8, 9, 10],
+    }
+    numbers = torch.arange(11, dtype=torch.float64)
+    found = Distances(numbers, numbers + 1, numbers, numbers, numbers).at(places["thinking"])
+    assert (found.kl.tolist(), found.same.tolist()) == ([6, 7, 8, 9, 10], [7, 8, 9, 10, 11])
 
 
 def test_the_first_token_of_a_text_is_its_prompt() -> None:

@@ -136,6 +136,26 @@ def test_a_merge_keeps_out_of_the_way_of_another_one_at_work(
     assert contents(out) == contents(tmp_path / "alone")
 
 
+def test_a_folder_that_appears_during_a_merge_is_not_overwritten(
+    sharded: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "merged"
+
+    def make_a_folder() -> None:
+        out.mkdir()
+        (out / "precious").touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at_the_third_shard(patch, make_a_folder, short=0)
+        with pytest.raises(Interrupted, match=r"merged has appeared .* from .*merged\.partial"):
+            merge(sharded, tiny_adapter, out)
+    assert [path.name for path in out.iterdir()] == ["precious"]
+    whole = identities(tmp_path / "merged.partial")
+    out.rename(tmp_path / "mine")
+    merge(sharded, tiny_adapter, out)
+    assert identities(out) == whole
+
+
 def test_a_folder_of_somebody_elses_is_not_emptied(
     sharded: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,6 +153,21 @@ def test_a_qlora_adapter_goes_onto_the_original_weights_on_request_with_its_erro
         f"{float(change.abs().max()):.2g}: the error is {rms[0] / rms[1]:.2g} times the adapter's "
         "own change"
     )
+
+
+def test_a_disk_too_small_is_told_before_that_error_is_measured(
+    tiny_base: Path,
+    tiny_adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(RunError, match=r"merged needs 0\.0 GB and the disk has 0\.0 GB free"):
+        merge(tiny_base, tiny_adapter, tmp_path / "merged", "qlora", Merge(onto="original"))
+    assert "onto the original" not in caplog.text
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3.4e38])

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import BaseError
+from pipeline.errors import BaseError, RunError
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 INDEX = "model.safetensors.index.json"
@@ -41,10 +41,11 @@ def read_layout(folder: Path) -> dict[str, list[Tensor]]:
 
     Raises BaseError for a missing, truncated or foreign file; a pickle is never opened.
     """
-    return {name: read_header(folder / name) for name in _shard_names(folder)}
+    return {name: read_header(folder / name) for name in shard_names(folder)}
 
 
-def _shard_names(folder: Path) -> list[str]:
+def shard_names(folder: Path) -> list[str]:
+    """The files a checkpoint's weights lie in; BaseError where they are no safetensors."""
     index = folder / INDEX
     if index.is_file():
         try:
@@ -63,6 +64,16 @@ def _shard_names(folder: Path) -> list[str]:
     if any(folder.glob("*.safetensors")):
         raise BaseError(f"{folder} has shards but no {INDEX}; fetch the checkpoint again")
     raise BaseError(f"{folder} holds no weights: {SINGLE} is missing")
+
+
+def adapter_file(adapter: Path) -> Path:
+    """The file an adapter's weights lie in, in PEFT's layout; RunError where it is a pickle."""
+    file, pickled = adapter / "adapter_model.safetensors", adapter / "adapter_model.bin"
+    if not file.is_file() and pickled.is_file():
+        raise RunError(f"{pickled} is a pickle, which can run code; save it as safetensors")
+    if not file.is_file():
+        raise RunError(f"{adapter} is not an adapter: {file.name} is missing")
+    return file
 
 
 def read_header(shard: Path) -> list[Tensor]:

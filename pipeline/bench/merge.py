@@ -133,6 +133,7 @@ def _time(base: Path, rank: int, folder: Path, *, with_peft: bool) -> Iterator[T
     ours = [*python, "pipeline", "merge", paths[1], "--base", paths[0], "--out", paths[2]]
     ways = {
         "a copy, with fsync": [*python, "pipeline.bench.copying", paths[0], paths[2]],
+        "its sha256, once for a run": [*python, "pipeline.bench.hashing", paths[0], paths[2]],
         "ours": ours,
         "ours, over the base in 4 bit": [*ours, "--trained-on", "nf4"],
         "PEFT's merge_and_unload": [*python, "pipeline.bench.peft_merge", *paths],

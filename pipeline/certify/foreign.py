@@ -7,6 +7,7 @@ from typing import Any
 
 from gguf import GGUFReader, LlamaFileType
 
+from pipeline.base.checkpoint import shard_names
 from pipeline.errors import RunError
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
@@ -26,11 +27,13 @@ _LEAST = "q4_k_m"
 def kind_of(artefact: Path, base: Path) -> str:
     """The recipe's name for what a checkpoint folder or GGUF file is, by which it is judged.
 
-    Raises RunError for a path that is neither, and for a model of other sizes than the base.
+    Raises RunError for a path that is neither, and for a model of other sizes than the base;
+    BaseError for a checkpoint without weights in safetensors.
     """
     wanted = _sizes(_read_config(base))
     if artefact.is_dir():
         config = _read_config(artefact)
+        shard_names(artefact)
         kind, found = _kind_of_checkpoint(artefact, config), _sizes(config)
     elif artefact.is_file() and artefact.suffix == ".gguf":
         kind, found = _read_gguf(artefact)

@@ -18,20 +18,31 @@ _AT_ONCE = 16  # positions in float64 beside each other: of all at once they wou
 
 
 def choose_rows(rows: Sequence[HeldOut], most: int) -> list[HeldOut]:
-    """Rows with `most` completion tokens together: whole ones, one of each mode in turn.
+    """Rows with `most` completion tokens together, as many in each mode, one of each in turn.
 
-    The last is cut where it has more. Taking turns keeps both modes in, however few positions are
-    wanted; whole rows let an engine go on from what it has. The first token of a plain text follows
-    nothing, so it is the prompt.
+    Whole rows let an engine go on from what it has, so only the last of a mode is cut. The first
+    token of a plain text follows nothing, so it is the prompt.
     """
-    chosen: list[HeldOut] = []
-    for prompt, completion, mode in in_turns(rows):
-        first = 0 if prompt else 1
-        cut = completion[first : first + most]
-        if cut:
-            chosen.append((prompt or completion[:first], cut, mode))
-            most -= len(cut)
-    return chosen
+    ordered = [(p, c, mode) if p else (c[:1], c[1:], mode) for p, c, mode in in_turns(rows)]
+    cut = zip(ordered, share_positions(ordered, most), strict=True)
+    return [(prompt, completion[:size], mode) for (prompt, completion, mode), size in cut if size]
+
+
+def share_positions(rows: Sequence[HeldOut], most: int) -> list[int]:
+    """How many of each row's positions are taken for `most` in all, the first rows' first.
+
+    Each mode gets the same share, however long its rows are; what one lacks is the others'.
+    """
+    there = count_modes(rows)
+    left = {}
+    for number, mode in enumerate(sorted(there, key=there.__getitem__)):
+        left[mode] = min(there[mode], most // (len(there) - number))
+        most -= left[mode]
+    taken = []
+    for _, completion, mode in rows:
+        taken.append(min(len(completion), left[mode]))
+        left[mode] -= taken[-1]
+    return taken
 
 
 def in_turns(rows: Sequence[HeldOut]) -> Iterator[HeldOut]:
@@ -47,6 +58,12 @@ def count_modes(rows: Iterable[HeldOut]) -> dict[str, int]:
     for _, completion, mode in rows:
         counts[mode] += len(completion)
     return dict(sorted(counts.items()))
+
+
+def places_by_mode(rows: Sequence[HeldOut]) -> dict[str, torch.Tensor]:
+    """Which of all rows' positions, one row after the other, are of each mode."""
+    modes = [mode for _, completion, mode in rows for _ in completion]
+    return {mode: torch.tensor([m == mode for m in modes]) for mode in sorted({*modes})}
 
 
 @torch.no_grad()
@@ -71,6 +88,11 @@ class Distances:
     """-log p of the row's own token, by the artefact."""
     usual: torch.Tensor
     """The same by the model as trained."""
+
+    def at(self, places: torch.Tensor) -> "Distances":
+        """Those at some of the positions."""
+        names = self.__dataclass_fields__
+        return Distances(**{name: getattr(self, name)[places] for name in names})
 
 
 def join(parts: Sequence[Distances]) -> Distances:

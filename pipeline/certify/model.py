@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pipeline.base.checkpoint import adapter_file, shard_names
 from pipeline.base.compressed import load_compressed
 from pipeline.base.nf4 import load_as_trained
 from pipeline.errors import RunError
@@ -35,8 +36,10 @@ class Trained:
 def load_adapted(trained: Trained, onto: Literal["trained", "original"] = "trained") -> PeftModel:
     """An adapter beside its base: of qlora the one in 4 bit, or for `original` the other.
 
-    Raises RunError for an adapter that was made for other weights.
+    Raises RunError for an adapter that was made for other weights, and, unopened, for a pickle.
     """
+    adapter_file(trained.learnt)
+    shard_names(trained.base)
     method = trained.method if onto == "trained" else "lora"
     base = load_as_trained(trained.base, method, trained.learnt)
     try:
@@ -50,8 +53,9 @@ def load_adapted(trained: Trained, onto: Literal["trained", "original"] = "train
 def load_checkpoint(folder: Path) -> PreTrainedModel:
     """A checkpoint in float32; one of fewer bits as an engine computes with it.
 
-    Raises RunError for a folder that holds none.
+    Raises RunError for a folder that holds none, BaseError for one of pickles, unopened.
     """
+    shard_names(folder)
     try:
         if "quantization_config" in read_json(folder / "config.json"):
             return place(load_compressed(folder))

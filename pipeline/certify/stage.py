@@ -20,6 +20,8 @@ from pipeline.certify.measure import (
     count_modes,
     join,
     logits_of,
+    places_by_mode,
+    share_positions,
     summarise,
 )
 from pipeline.certify.model import Trained, load_adapted, load_checkpoint, rounded_to_bf16
@@ -56,15 +58,21 @@ class _Reference:
     rows: list[HeldOut]
     logits: list[torch.Tensor]
     """Of each row, (completion, vocabulary)."""
-    base_kl: torch.Tensor
-    """KL(trained ‖ base), (positions of all rows)."""
+    base_kl: list[torch.Tensor]
+    """Of each row, KL(trained ‖ base), (completion)."""
     answers: list[HeldOut]
     """Prompts with its greedy answers."""
 
-    def first(self, rows: list[HeldOut]) -> "_Reference":
-        """The same of fewer rows: its own first ones, the last of them perhaps cut."""
-        cut = [values[: len(row[1])] for values, row in zip(self.logits, rows, strict=False)]
-        return _Reference(rows, cut, self.base_kl[: sum(map(len, cut))], self.answers)
+    def at_most(self, positions: int) -> "_Reference":
+        """The same of fewer positions."""
+        sizes = share_positions(self.rows, positions)
+        kept = [place for place, size in enumerate(sizes) if size]
+        rows = [(p, c[:size], m) for (p, c, m), size in zip(self.rows, sizes, strict=True) if size]
+        logits, base_kl = (
+            [values[place][: sizes[place]] for place in kept]
+            for values in (self.logits, self.base_kl)
+        )
+        return _Reference(rows, logits, base_kl, self.answers)
 
 
 def certify(
@@ -94,7 +102,7 @@ def certify(
     heard = _Heard(chosen, prompts, settings.greedy_tokens)
     run = _run_checkpoint if trained.method == "full" else _run_adapter
     reference, measured = run(trained, heard, artefacts.get("merged"), merge)
-    few = reference.first(choose_rows(rows, settings.gguf_positions))
+    few = reference.at_most(settings.gguf_positions)
     for name, path in artefacts.items():
         log.info("comparing %s", path)
         if path.is_dir():
@@ -113,7 +121,7 @@ def _run_adapter(
     logits, answers = heard.listen(model)
     with model.disable_adapter():
         base = [_compare(model, *pair) for pair in zip(heard.rows, logits, strict=True)]
-    reference = _Reference(heard.rows, logits, join(base).kl, answers)
+    reference = _Reference(heard.rows, logits, [found.kl for found in base], answers)
     if merge is None:
         return reference, {}
     measured: dict[str, Any] = {"merged": {}} if merged else {}
@@ -159,7 +167,7 @@ def _run_checkpoint(
     del model
     base = load_checkpoint(trained.base)
     parts = [_compare(base, *pair) for pair in zip(heard.rows, logits, strict=True)]
-    return _Reference(heard.rows, logits, join(parts).kl, answers), measured
+    return _Reference(heard.rows, logits, [found.kl for found in parts], answers), measured
 
 
 def _compare(model: PreTrainedModel, row: HeldOut, usual: torch.Tensor) -> Distances:
@@ -184,9 +192,13 @@ def _measure_gguf(name: str, file: Path, reference: _Reference, log: Path) -> di
 
 
 def _tell(found: Distances, agreed: Sequence[int], reference: _Reference) -> dict[str, Any]:
-    modes = {"positions_by_mode": count_modes(reference.rows)}
+    base_kl = torch.cat(reference.base_kl)
+    by_mode = {
+        mode: summarise(found.at(places), base_kl[places])
+        for mode, places in places_by_mode(reference.rows).items()
+    }
     greedy = summarise_greedy(agreed, reference.answers)
-    return summarise(found, reference.base_kl) | modes | greedy
+    return summarise(found, base_kl) | greedy | {"by_mode": by_mode}
 
 
 def _tell_shortage(rows: Sequence[HeldOut], wanted: int) -> None:
@@ -194,3 +206,5 @@ def _tell_shortage(rows: Sequence[HeldOut], wanted: int) -> None:
     if sum(counts.values()) < wanted:
         each = ", ".join(f"{count} {mode}" for mode, count in counts.items())
         log.warning("only %s held-out tokens to compare on, %d are wanted", each, wanted)
+    if len(missing := {"direct", "thinking"} - counts.keys()) == 1:
+        log.warning("no held-out token is of mode %s, of which nothing is proved", *missing)

@@ -47,7 +47,7 @@ def export(
         from pipeline.export import list_formats
 
         for name, reason in list_formats():
-            say(f"{name:8}{reason or 'works'}")
+            say(f"{name:14}{reason or 'works'}")
         return
     if target is None:
         raise RecipeError("export needs a recipe file or a run folder, or --format list")

@@ -67,12 +67,14 @@ def export_gguf(checkpoint: Path, out: Path, name: str, formats: Sequence[str]) 
 
 
 def list_formats() -> Iterator[tuple[str, str]]:
-    """Each format a recipe may name, and why it cannot be written here, or nothing."""
+    """What can be exported, as certificates name it, and why not here, or nothing."""
     for gguf_format in get_args(GgufFormat):
         reason = why_not_quantise() if gguf_format in MIXES else ""
         yield gguf_format, reason or why_not_convert()
     for compressed in get_args(CompressedFormat):
         yield compressed, why_not_compress()
+    yield "adapter", ""
+    yield "adapter_gguf", why_not_convert()  # of the base it is put on
 
 
 def _check_compressing(checkpoint: Path, folder: Path, formats: Sequence[CompressedFormat]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.base.checkpoint import DTYPES, Tensor, copy_blocks, read_header
+from pipeline.base.checkpoint import DTYPES, Tensor, adapter_file, copy_blocks, read_header
 from pipeline.errors import RunError
 from pipeline.merge.change import (
     BiasAddition,
@@ -57,12 +57,7 @@ def read_adapter(adapter: Path) -> dict[str, Change]:
 
 def _read_tensors(adapter: Path) -> list[Tensor]:
     """Where an adapter's tensors lie; their values are known to be finite then."""
-    file, pickled = adapter / "adapter_model.safetensors", adapter / "adapter_model.bin"
-    if not file.is_file() and pickled.is_file():
-        raise RunError(f"{pickled} is a pickle, which can run code; save it as safetensors")
-    if not file.is_file():
-        raise RunError(f"{adapter} is not an adapter: {file.name} is missing")
-    tensors = read_header(file)
+    tensors = read_header(adapter_file(adapter))
     for tensor in tensors:
         for block in copy_blocks(tensor):
             if not torch.isfinite(torch.frombuffer(block, dtype=DTYPES[tensor.dtype])).all():

@@ -13,7 +13,6 @@ from pipeline.errors import RunError
 from pipeline.merge import combine as mixing
 from pipeline.merge.adapter import read_adapter
 from pipeline.merge.change import Change
-from pipeline.merge.original import measure_cost
 from pipeline.merge.tied import tie
 from pipeline.merge.weights import Weights
 from pipeline.merge.write import write_checkpoint
@@ -61,9 +60,9 @@ def merge(
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise RunError(f"{base} cannot be read: {error.strerror}{where}") from error
-    if method == "qlora" and settings.onto == "original":
-        log.info("%s", measure_cost(weights, quantised_weights(base)))
-    write_checkpoint(weights, base, out, made_from)
+    is_elsewhere = method == "qlora" and settings.onto == "original"
+    held = quantised_weights(base) if is_elsewhere else ()
+    write_checkpoint(weights, base, out, made_from, held)
 
 
 def _plan(

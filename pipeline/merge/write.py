@@ -4,11 +4,13 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.base.beside import copy_beside
 from pipeline.base.checkpoint import INDEX, write_shard
 from pipeline.errors import Interrupted, RunError
+from pipeline.merge.original import measure_cost
 from pipeline.merge.weights import Weights
 from pipeline.run import resumed_folder
 
@@ -17,19 +19,33 @@ log = logging.getLogger(__name__)
 _NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
-def write_checkpoint(weights: Weights, base: Path, out: Path, made_from: str) -> None:
+def write_checkpoint(
+    weights: Weights, base: Path, out: Path, made_from: str, held: Iterable[str] = ()
+) -> None:
     """Write a checkpoint in the base's own layout, under its name once it is whole.
 
-    Raises Interrupted after Ctrl-C: what is whole then, or when the process is killed, is not made
-    again if `made_from` is the same the next time. RunError for a disk that is too small or fails.
+    `held` are weights that were in 4 bit in training and are not here: what that costs is told
+    first. Raises Interrupted after Ctrl-C, and where somebody else has taken the name meanwhile:
+    what is whole then, or when the process is killed, is not made again if `made_from` is the same
+    the next time. RunError for a disk that is too small or fails.
     """
+    was_there = os.path.lexists(out)
     with resumed_folder(out, made_from) as temporary:
         try:
+            _remove_parts(temporary)
+            _check_space(weights, temporary)
+            if names := list(held):
+                log.info("%s", measure_cost(weights, names))
             _write_shards(weights, temporary)
         except KeyboardInterrupt as stop:
             raise _interrupted(weights, temporary) from stop
         copy_beside(base, temporary, **_dtype(weights))
         _correct_index(weights, temporary)
+        if os.path.lexists(out) and not was_there:
+            raise Interrupted(
+                f"{out} has appeared during the merge; rename it, and the same merge goes on from "
+                f"{temporary}"
+            )
 
 
 def _interrupted(weights: Weights, folder: Path) -> Interrupted:
@@ -50,9 +66,7 @@ def _whole(weights: Weights, folder: Path) -> list[str]:
 
 
 def _write_shards(weights: Weights, folder: Path) -> None:
-    _remove_parts(folder)
     whole = _whole(weights, folder)
-    _check_space(weights, folder, set(weights.layout) - set(whole))
     for number, (name, shard) in enumerate(weights.layout.items(), start=1):
         changed = sum(map(weights.changes, shard))
         if name in whole:
@@ -67,7 +81,8 @@ def _write_shards(weights: Weights, folder: Path) -> None:
         part.rename(folder / name)
 
 
-def _check_space(weights: Weights, folder: Path, missing: set[str]) -> None:
+def _check_space(weights: Weights, folder: Path) -> None:
+    missing = set(weights.layout) - set(_whole(weights, folder))
     needed = sum(weights.num_bytes(name) for name in missing)
     free = shutil.disk_usage(folder).free
     if free < needed:
