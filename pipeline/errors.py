@@ -6,6 +6,9 @@ PipelineError            exit code 2
 ├── BaseError            a base that cannot be found, fetched or read
 ├── RunError             a run folder without what a stage needs
 ├── EngineError          an engine that is missing, will not start or has died
+│   ├── EngineDown       no engine is there now, but one may be soon
+│   └── EngineRefused    the engine will not do what it was asked, nor would another
+├── BooksError           keys and ledger that cannot be opened, or written to
 ├── GateMissed           exit code 3: a certificate or a quality gate was missed
 ├── Interrupted          exit code 130: Ctrl-C; says where the work goes on
 └── RequestError         an HTTP request that cannot be answered; carries its status
@@ -45,6 +48,22 @@ class EngineError(PipelineError):
     """An inference engine that is missing, will not start or has died."""
 
 
+class EngineDown(EngineError):
+    """No engine is there now; `retry_after_s` is when one may be. Nothing has been generated."""
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineRefused(EngineError):
+    """The engine is well and will not do what it was asked; nor would another of its kind."""
+
+
+class BooksError(PipelineError):
+    """A database of keys and generations that cannot be opened, or written to."""
+
+
 class GateMissed(PipelineError):
     """A certificate or quality gate was missed; what was measured is on disk."""
 
@@ -60,7 +79,14 @@ class Interrupted(PipelineError):
 class RequestError(PipelineError):
     """A request that cannot be answered; `status` and `error_type` are what the client sees."""
 
-    def __init__(self, message: str, status: int = 400, error_type: str = "invalid_request"):
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        error_type: str = "invalid_request",
+        retry_after_s: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.error_type = error_type
+        self.retry_after_s = retry_after_s

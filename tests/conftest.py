@@ -28,9 +28,17 @@ from pipeline.chat import Chat
 from pipeline.export import export_gguf
 from pipeline.serve.app import App
 from pipeline.serve.catalog import Catalog, Served
+from pipeline.serve.keys import Keys
+from pipeline.serve.ledger import Ledger
 
 settings.register_profile("no deadline", deadline=None)  # machines are shared: no timing decides
 settings.load_profile("no deadline")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def books_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """So that no server of a test writes into its user's books."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
 
 
 @pytest.fixture(scope="session")
@@ -90,8 +98,14 @@ def serving(chat: Chat) -> Serving:
     """A scripted engine behind the real application and a real uvicorn; gives its address."""
 
     @contextlib.contextmanager
-    def serve(engine: ScriptedEngine, keep_alive_s: float = 10.0) -> Iterator[str]:
-        app = App(Catalog([Served("tiny", chat, engine, 1767225600)]), keep_alive_s)
+    def serve(
+        engine: ScriptedEngine,
+        keep_alive_s: float = 10.0,
+        keys: Keys | None = None,
+        ledger: Ledger | None = None,
+    ) -> Iterator[str]:
+        catalog = Catalog([Served("tiny", chat, engine, 1767225600)])
+        app = App(catalog, keys, ledger, keep_alive_s)
         config = uvicorn.Config(
             app, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=1
         )

@@ -10,7 +10,7 @@ import pytest
 from pipeline.errors import GateMissed, PipelineError, RunError
 from pipeline.recipe import GgufFormat
 from pipeline.run import Run
-from pipeline.serve.catalog import find_artefact
+from pipeline.serve.artefact import find_artefact
 from pipeline.serve.choice import Choice, Chosen, choose, refuse_uncertified
 
 LORA, BASE = "adapter/a-lora.gguf", "adapter/base-bf16.gguf"

@@ -1,6 +1,7 @@
 """Orders and events, over a scripted engine."""
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import aclosing
 from itertools import pairwise
 from typing import Any
@@ -11,11 +12,14 @@ from hypothesis import strategies as st
 from scripted import ScriptedEngine
 
 from pipeline.chat import Chat
+from pipeline.engine.protocol import Capability
 from pipeline.errors import RequestError
 from pipeline.serve.catalog import Served
-from pipeline.serve.dialogue import Called, Ended, Event, Said, StopStrings, answer
+from pipeline.serve.dialogue import answer
+from pipeline.serve.events import Called, Ended, Event, Said, Tally
 from pipeline.serve.order import Order, decide
 from pipeline.serve.request import ChatRequest
+from pipeline.serve.stops import StopStrings
 
 USER = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -24,19 +28,26 @@ CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 
 @pytest.fixture
 def order(chat: Chat) -> Any:
-    def place(**fields: Any) -> Order:
+    def place(able: Sequence[Capability] = (), **fields: Any) -> Order:
         request = ChatRequest.model_validate({"messages": [USER], **fields})
-        return decide(request, Served("tiny", chat, ScriptedEngine(), 0))
+        return decide(request, Served("tiny", chat, ScriptedEngine(able=able), 0))
 
     return place
 
 
-def run(order: Order, engine: ScriptedEngine) -> list[Event]:
+def told(
+    order: Order, chat: Chat, engine: ScriptedEngine, tally: Tally | None = None
+) -> list[Event]:
     async def gather() -> list[Event]:
-        async with aclosing(answer(order, engine)) as events:
+        async with aclosing(answer(order, chat, engine, tally or Tally())) as events:
             return [event async for event in events]
 
     return asyncio.run(gather())
+
+
+@pytest.fixture
+def run(chat: Chat) -> Any:
+    return lambda order, engine, tally=None: told(order, chat, engine, tally)
 
 
 def text(events: list[Event], channel: str) -> str:
@@ -67,18 +78,18 @@ def test_thinking_can_be_switched_off(order: Any, reasoning: dict[str, Any]) -> 
     assert order(reasoning_effort="none").mode == "direct"
 
 
-def test_reasoning_is_counted_through_its_end_tag(order: Any) -> None:
+def test_reasoning_is_counted_through_its_end_tag(order: Any, run: Any) -> None:
     chunks = ["<think>", "\n", "hm", "\n", "</think>", "\n\n", "yes"]
 
-    events = run(order(), ScriptedEngine(chunks))
+    events = run(order(), ScriptedEngine(chunks), tally := Tally())
 
     assert (text(events, "reasoning"), text(events, "answer")) == ("hm", "yes")
-    usage = end(events).usage
+    usage = tally.usage
     assert (usage.reasoning_tokens, usage.completion_tokens, usage.cached_tokens) == (5, 8, 3)
     assert end(events).finish == "stop"
 
 
-def test_a_stop_string_ends_the_answer_but_not_the_reasoning(order: Any) -> None:
+def test_a_stop_string_ends_the_answer_but_not_the_reasoning(order: Any, run: Any) -> None:
     engine = ScriptedEngine(["<think>", "STOP", "</think>", "a S", "TO", "x ST", "OP", "b", "c"])
 
     events = run(order(stop="STOP"), engine)
@@ -88,7 +99,7 @@ def test_a_stop_string_ends_the_answer_but_not_the_reasoning(order: Any) -> None
     assert (engine.num_given, engine.num_open) == (7, 0)
 
 
-def test_calls_are_events_and_the_finish(order: Any) -> None:
+def test_calls_are_events_and_the_finish(order: Any, run: Any) -> None:
     engine = ScriptedEngine(["Look:\n", CALL, "\n", CALL])
 
     events = run(order(tools=[TOOL]), engine)
@@ -102,14 +113,14 @@ def test_calls_are_events_and_the_finish(order: Any) -> None:
     assert (end(events).finish, end(events).native_finish) == ("tool_calls", "stop")
 
 
-def test_one_call_at_most_where_parallel_calls_are_unwanted(order: Any) -> None:
+def test_one_call_at_most_where_parallel_calls_are_unwanted(order: Any, run: Any) -> None:
     events = run(order(tools=[TOOL], parallel_tool_calls=False), ScriptedEngine([CALL, CALL]))
 
     assert sum(isinstance(event, Called) for event in events) == 1
     assert end(events).finish == "tool_calls"
 
 
-def test_text_held_back_for_a_stop_is_not_lost_behind_a_call(order: Any) -> None:
+def test_text_held_back_for_a_stop_is_not_lost_behind_a_call(order: Any, run: Any) -> None:
     placed = order(tools=[TOOL], stop="!!", parallel_tool_calls=False)
 
     assert text(run(placed, ScriptedEngine(["Look!", CALL])), "answer") == "Look!"
@@ -117,15 +128,16 @@ def test_text_held_back_for_a_stop_is_not_lost_behind_a_call(order: Any) -> None
 
 def test_text_held_back_for_a_stop_comes_before_the_call_and_no_stop_reaches_across_it(
     order: Any,
+    run: Any,
 ) -> None:
     events = run(order(tools=[TOOL], stop="!!"), ScriptedEngine(["Look!", CALL, "! More"]))
 
-    told = [event.text if isinstance(event, Said) else "CALL" for event in events[:-1]]
-    assert "".join(told) == "Look!CALL! More"
+    heard = [event.text if isinstance(event, Said) else "CALL" for event in events[:-1]]
+    assert "".join(heard) == "Look!CALL! More"
 
 
 @pytest.mark.parametrize("fields", [{}, {"tools": [TOOL], "tool_choice": "none"}])
-def test_a_call_nobody_can_answer_is_text(order: Any, fields: dict[str, Any]) -> None:
+def test_a_call_nobody_can_answer_is_text(order: Any, run: Any, fields: dict[str, Any]) -> None:
     events = run(order(**fields), ScriptedEngine([CALL]))
 
     assert '"name": "f"' in text(events, "answer")
@@ -135,12 +147,28 @@ def test_a_call_nobody_can_answer_is_text(order: Any, fields: dict[str, Any]) ->
 @pytest.mark.parametrize(
     ("fields", "status", "words"),
     [
-        ({"n": 2}, 400, "only one choice"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"response_format": {"type": "json_object"}}, 404, "support response_format"),
         ({"modalities": ["text", "image"]}, 404, "output modalities: image, text"),
-        ({"tool_choice": "required"}, 404, "support the provided 'tool_choice' value."),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, 404, "tool_choice"),
-        ({"messages": [USER, {"role": "assistant", "content": "x"}]}, 400, "prefill"),
+        (
+            {"tool_choice": "required", "tools": [TOOL]},
+            404,
+            "support the provided 'tool_choice' value.",
+        ),
+        ({"tool_choice": "required"}, 400, "a call is required, but there are no tools"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, 400, "no tools"),
+        ({"top_logprobs": 3}, 400, "send logprobs: true"),
+        ({"logit_bias": {"9999": 1}}, 400, "'9999' is no token id"),
+        ({"logit_bias": {"-1": 1}}, 400, "'-1' is no token id"),
+        (
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]},
+                ]
+            },
+            400,
+            "the last message calls tools",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             404,
@@ -191,8 +219,11 @@ def test_what_is_ignored_is_named(order: Any) -> None:
         reasoning={"max_tokens": 9, "summary": "auto"}, logprobs=True, top_a=0.1, user="me", zz=None
     )
 
-    assert set(placed.ignored) == {"logprobs", "top_a", "reasoning.max_tokens", "reasoning.summary"}
-    assert order(reasoning={"effort": "high"}).ignored == ("reasoning.effort",)
+    assert set(placed.ignored) == {"logprobs", "top_a", "reasoning.summary"}
+    assert order(["logprobs"], logprobs=True, top_logprobs=3).ignored == ()
+    assert order(logprobs=True, top_logprobs=3).ignored == ("logprobs", "top_logprobs")
+    assert order(seed=3, priority=1).ignored == ("priority", "seed")
+    assert order(reasoning={"effort": "high"}).ignored == ()
     assert order(max_tokens=5, max_completion_tokens=6).ignored == ("max_tokens",)
     assert order(max_tokens=5, max_completion_tokens=6).sampling.max_tokens == 6
     assert order(max_tokens=5, max_completion_tokens=5).ignored == ()
@@ -234,7 +265,7 @@ def test_events_do_not_depend_on_chunks(chat: Chat, spoken: str, data: st.DataOb
     cuts = sorted(data.draw(st.sets(st.integers(0, len(spoken)))))
     chunks = [spoken[a:b] for a, b in pairwise([0, *cuts, len(spoken)])]
 
-    one, many = run(placed, ScriptedEngine([spoken])), run(placed, ScriptedEngine(chunks))
+    one, many = (told(placed, chat, ScriptedEngine(c)) for c in ([spoken], chunks))
 
     for channel in ("reasoning", "answer"):
         assert text(one, channel) == text(many, channel)
@@ -242,8 +273,7 @@ def test_events_do_not_depend_on_chunks(chat: Chat, spoken: str, data: st.DataOb
     assert calls[0] == calls[1]
     assert end(one).finish == end(many).finish
     answers = [e for e in one if not isinstance(e, Said) or e.channel == "answer"]
-    told = "".join(e.text if isinstance(e, Said) else "|" for e in answers)
-    assert "STOP" not in told
+    assert "STOP" not in "".join(e.text if isinstance(e, Said) else "|" for e in answers)
 
 
 @given(

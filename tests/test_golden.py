@@ -19,14 +19,13 @@ from pipeline.base.golden_dialogues import (
     DRAW,
     DRAW_NAME,
     DRAWN,
-    EARLY_STOP,
     FLIPPED,
     Row,
     golden_rows,
 )
 from pipeline.base.make import make_base
 from pipeline.base.qwen3 import qwen3_dialogue
-from pipeline.chat import Chat, parse_reply
+from pipeline.chat import EARLY_STOP, Chat, parse_reply
 from pipeline.data.conversation import Conversation
 from pipeline.data.notes import Notes
 from pipeline.data.rows import make_rows

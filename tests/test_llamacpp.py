@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from aiohttp import web
 
 from pipeline.chat import Chat
 from pipeline.engine.llamacpp import LlamaCpp
-from pipeline.engine.protocol import Delta, Sampling
+from pipeline.engine.protocol import Delta, Sampling, StopToken
 from pipeline.errors import EngineError
+from pipeline.serve.grammar import Function, Tags, either, json_object, tool_calls
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
@@ -139,7 +141,7 @@ def test_every_sampling_parameter_is_sent() -> None:
 
     async def check() -> None:
         async with fake(answer) as engine:
-            sampling = Sampling(9, 0.5, 0.9, 20, 0.1, 0.2, 0.3, 1.1, seed=-1)
+            sampling = Sampling(9, 0.5, 0.9, 20, 0.1, 0.2, 0.3, 1.1, seed=-1, logit_bias={4: -2.5})
             deltas = await gather(engine, [5], sampling)
         assert deltas[-1].finish == "length"
 
@@ -149,6 +151,26 @@ def test_every_sampling_parameter_is_sent() -> None:
     assert (sent["top_k"], sent["min_p"], sent["repeat_penalty"]) == (20, 0.1, 1.1)
     assert (sent["frequency_penalty"], sent["presence_penalty"]) == (0.2, 0.3)
     assert 0 <= sent["seed"] < 2**32 - 1
+    assert sent["logit_bias"] == [[4, -2.5]]
+
+
+def test_what_may_end_a_reply_is_no_part_of_its_text() -> None:
+    stops = (StopToken(9, "</x>"),)
+    begun = event("a", 1, tokens=[1]) + event("", 2, tokens=[2])
+    for end, ids, stop_id in (
+        (event("<b", 3, tokens=[3]) + event("", 3, stop=True, stop_type="limit"), (1, 2, 3), None),
+        (event("", 2, stop=True, stop_type="limit"), (1, 2), None),
+        (event("", 2, stop=True, stop_type="eos"), (1,), None),
+        (event("", 2, stop=True, stop_type="word", stopping_word="</x>"), (1,), 9),
+    ):
+
+        async def check(whole: bytes = begun + end) -> list[Delta]:
+            async with fake(streamed(whole)) as engine:
+                return await gather(engine, [5], replace(GREEDY, stop_tokens=stops))
+
+        deltas = asyncio.run(check())
+        assert tuple(token for delta in deltas for token in delta.ids) == ids
+        assert deltas[-1].stop_id == stop_id
 
 
 def test_nobody_at_the_address_is_one_sentence() -> None:
@@ -186,7 +208,9 @@ def test_the_real_engine(tiny_gguf: Path, tmp_path: Path) -> None:
             await _is_cancelled_by_closing(engine)
             with pytest.raises(EngineError, match="context size"):
                 await gather(engine, [5] * 300, GREEDY)
-            pid = engine._child.process.pid if engine._child else 0
+            child = engine.connection.child
+            assert child is not None
+            pid = child.process.pid
             assert not engine.has_failed
             os.kill(pid, signal.SIGKILL)
             with pytest.raises(EngineError, match="see "):
@@ -218,7 +242,7 @@ async def _gives_logprobs(engine: LlamaCpp, chat: Chat) -> None:
 
 async def _is_cancelled_by_closing(engine: LlamaCpp) -> None:
     async def is_idle() -> bool:
-        async with engine._session.get("http://llama.cpp/slots") as response:
+        async with engine.connection._session.get("http://llama.cpp/slots") as response:
             return not any(slot["is_processing"] for slot in await response.json())
 
     endless = Sampling(max_tokens=200, temperature=2.0)
@@ -230,6 +254,49 @@ async def _is_cancelled_by_closing(engine: LlamaCpp) -> None:
         await asyncio.sleep(0.01)
 
 
+# Of every kind of schema, one; each is taken as a tool's by pipeline.serve.grammar.
+SCHEMAS: list[dict[str, Any]] = [
+    {"type": "string", "format": "date-time"},
+    {"type": "string", "format": "uri"},
+    {"type": "string", "format": "int64"},
+    {"type": "string", "pattern": "^[a-z]+$", "maxLength": 9},
+    {"type": "string", "pattern": "(?=a)b"},
+    {"type": "integer", "minimum": 10**300},
+    {"type": "number", "exclusiveMinimum": 0, "multipleOf": 0.01},
+    {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
+    {"type": "array", "prefixItems": [{}], "maxItems": 10**9},
+    {"oneOf": [{"type": "string"}, {"maxLength": 3}]},
+    {"allOf": [{"type": "object"}, {"required": ["a"]}]},
+    {"not": {}, "if": {}, "then": {}},
+    {"enum": ["ä", "\u2028", {"x": 1}], "default": None, "x-mine": 1},
+    {"type": "object", "patternProperties": {"^a": {}}, "minProperties": 1},
+    {"type": "object", "properties": {"a": {"$ref": "#"}}},
+]
+
+
+def test_llama_cpp_takes_every_grammar_we_take(tiny_gguf: Path, chat: Chat, tmp_path: Path) -> None:
+    """What its llguidance refuses it passes over in silence, but for its log."""
+    tags = Tags.of(chat)
+
+    def grammar(schema: dict[str, Any]) -> str:
+        function = Function('näm"e', {"properties": {"a": schema}}, "here")
+        calls = tool_calls([function], tags, parallel=True)
+        return either(json_object(), calls, tags).text
+
+    async def session(grammars: list[str]) -> str:
+        async with await LlamaCpp.start(
+            tiny_gguf, slots=1, context_tokens=256, log=tmp_path / "log"
+        ) as engine:
+            for text in grammars:
+                await gather(engine, [5], Sampling(8, temperature=0.0, grammar=text))
+        return (tmp_path / "log").read_text()
+
+    grammars = [grammar(schema) for schema in SCHEMAS]
+    assert "llg error" not in asyncio.run(session(grammars))
+    refused = grammars[0].replace("date-time", "no-format").replace('"lenient": true', '"x": 1')
+    assert "llg error" in asyncio.run(session([refused])), "this is how it would be seen"
+
+
 ORPHAN = """
 import asyncio, sys
 from pathlib import Path
@@ -238,7 +305,8 @@ from pipeline.engine.llamacpp import LlamaCpp
 async def main():
     log = Path(sys.argv[2])
     engine = await LlamaCpp.start(Path(sys.argv[1]), slots=1, context_tokens=64, log=log)
-    sys.stdout.write(f"{engine._child.process.pid} {engine._child.folder}\\n")
+    child = engine.connection.child
+    sys.stdout.write(f"{child.process.pid} {child.folder}\\n")
     sys.stdout.flush()
     await asyncio.sleep(60)
 

@@ -195,7 +195,7 @@ def test_a_gap_is_filled_with_comments(serving: Any) -> None:
 def test_a_hang_up_that_only_the_comments_meet_is_quiet(
     chat: Chat, caplog: Any, delay_s: float
 ) -> None:
-    app = App(Catalog([Served("tiny", chat, SlowAfterTheFirst(delay_s), 0)]), 0.01)
+    app = App(Catalog([Served("tiny", chat, SlowAfterTheFirst(delay_s), 0)]), keep_alive_s=0.01)
     parts = [{"type": "http.request", "body": json.dumps({"messages": [USER], "stream": True})}]
     has_gone = asyncio.Event()
     sent: list[Any] = []

@@ -25,10 +25,11 @@ def test_replies_are_printed_and_history_is_kept(
     engine = ScriptedEngine(THOUGHT)
 
     with serving(engine) as base:
-        talk(f"{base}/api/v1", "tiny", "thinking", shown)
+        talk(f"{base}/api/v1", "key", "tiny", "thinking", shown)
 
     assert shown.file.getvalue().count("hm\n\n[bold]yes[/bold]") == 2  # type: ignore[attr-defined]
-    prompts = [chat.decode(prompt_ids) for prompt_ids, _ in engine.asked]
+    # Each reply is asked for twice: up to the end of its thought, and on from there.
+    prompts = [chat.decode(prompt_ids) for prompt_ids, _ in engine.asked[::2]]
     assert len(prompts) == 2
     assert "one<|im_end|>" in prompts[1]
     assert "[bold]yes[/bold]<|im_end|>" in prompts[1]
@@ -38,7 +39,7 @@ def test_direct_mode_is_asked_for(serving: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
     engine = ScriptedEngine(["yes"])
     with serving(engine) as base:
-        talk(f"{base}/api/v1", "tiny", "direct", Console(file=io.StringIO()))
+        talk(f"{base}/api/v1", "key", "tiny", "direct", Console(file=io.StringIO()))
 
     assert engine.asked[0][1].temperature == 0.7
 
@@ -48,13 +49,13 @@ def test_no_server_a_wrong_address_and_a_refusal_are_one_sentence(
 ) -> None:
     console = Console(file=io.StringIO())
     with pytest.raises(PipelineError, match="no server answers"):
-        talk("http://127.0.0.1:9/api/v1", "tiny", "direct", console)
+        talk("http://127.0.0.1:9/api/v1", "key", "tiny", "direct", console)
     with serving(ScriptedEngine(fails_at=0)) as base:
         with pytest.raises(PipelineError, match="ends in /api/v1"):
-            talk(base, "tiny", "direct", console)
+            talk(base, "key", "tiny", "direct", console)
         monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
         with pytest.raises(PipelineError, match="Provider returned error"):
-            talk(f"{base}/api/v1", "tiny", "direct", console)
+            talk(f"{base}/api/v1", "key", "tiny", "direct", console)
 
 
 @pytest.mark.parametrize(

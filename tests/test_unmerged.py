@@ -29,8 +29,7 @@ from pipeline.export.adapter import write_adapter
 from pipeline.export.vllm import vllm_options, why_not_vllm
 from pipeline.recipe import parse_recipe
 from pipeline.run import Run
-from pipeline.serve import server
-from pipeline.serve.catalog import find_artefact
+from pipeline.serve.artefact import find_artefact, load
 from pipeline.stages import Context
 
 PROMPT = (72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100)
@@ -45,6 +44,14 @@ def ask(start: AbstractAsyncContextManager[Engine]) -> dict[int, float]:
             return await engine.next_token_logprobs(PROMPT, 320)
 
     return asyncio.run(answer())
+
+
+@asynccontextmanager
+async def llamacpp(gguf: Path, lora: Path | None, folder: Path) -> AsyncIterator[LlamaCpp]:
+    log = folder / "log"
+    start = LlamaCpp.start(gguf, slots=1, context_tokens=64, log=log, adapter=lora)
+    async with await start as engine:
+        yield engine
 
 
 @torch.no_grad()
@@ -95,16 +102,8 @@ def test_a_qlora_adapter_over_its_base_in_nf4_is_the_model_as_trained(
     folder = qlora_run / "exports"
     lora = folder / "adapter" / "mine-lora.gguf"
 
-    @asynccontextmanager
-    async def engine(gguf: Path, lora: Path | None) -> AsyncIterator[LlamaCpp]:
-        log = tmp_path / "log"
-        async with await LlamaCpp.start(
-            gguf, slots=1, context_tokens=64, log=log, adapter=lora
-        ) as found:
-            yield found
-
     def found(gguf: Path, lora: Path | None) -> float:
-        return off(trained, ask(engine(gguf, lora)))
+        return off(trained, ask(llamacpp(gguf, lora, tmp_path)))
 
     right = folder / "adapter" / "base-bf16.gguf"
     assert found(right, lora) < MAX_KL
@@ -114,14 +113,14 @@ def test_a_qlora_adapter_over_its_base_in_nf4_is_the_model_as_trained(
 
 @pytest.mark.parametrize("recommended", ["adapter", "merged"])
 def test_serve_puts_the_adapter_on_its_base_where_that_is_recommended(
-    qlora_run: Path, base: Path, adapter: Path, recommended: str
+    qlora_run: Path, base: Path, adapter: Path, tmp_path: Path, recommended: str
 ) -> None:
     artefacts = {name: {"passed": True} for name in ("bf16", "adapter_gguf")}
     certificate = {"artefacts": artefacts, "recommended": recommended, "passed": True}
     (qlora_run / "certificate.json").write_text(json.dumps(certificate))
-    settings = server.Settings(slots=1, context_tokens=64)
 
-    answer = ask(server._engine(find_artefact(qlora_run), settings))
+    files = load(find_artefact(qlora_run), {}, "llamacpp")
+    answer = ask(llamacpp(files.weights, next(iter(files.adapters.values()), None), tmp_path))
 
     trained = PeftModel.from_pretrained(load_as_trained(base, "qlora"), str(adapter))
     merged = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

@@ -1,6 +1,8 @@
 """Fetched files, kept between runs: a folder is whole or not there, whoever else fetches it too."""
 
+import fcntl
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +13,7 @@ def keep(name: str, make: Callable[[Path], Path]) -> Path:
 
     What `make` returns gets its final name by one rename; if it raises, nothing is left.
     """
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root) / "pipeline" / name
+    folder = kept(name)
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -24,3 +25,23 @@ def keep(name: str, make: Callable[[Path], Path]) -> Path:
             if not folder.is_dir():  # else another process was faster, with the same bytes
                 raise
     return folder
+
+
+def keep_once(name: str, make: Callable[[Path], Path]) -> Path:
+    """The same for what takes long: of several processes one makes it, and the others wait."""
+    folder = kept(name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            for left in folder.parent.glob(f".{name}.work-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=f".{name}.work-", dir=folder.parent) as work:
+                make(Path(work)).rename(folder)
+    return folder
+
+
+def kept(name: str) -> Path:
+    """Where the folder `name` of the cache is, or would be."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "pipeline" / name

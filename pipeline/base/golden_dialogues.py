@@ -8,13 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.chat import CALL, END_CALL, END_THINK, Chat, Message, Mode
-
-EARLY_STOP = (
-    "\n\nConsidering the limited time by the user, I have to give the solution based on the "
-    "thinking directly now.\n</think>\n\n"
-)
-"""What ends a thought that has used up its budget; Qwen's own text (Qwen3 report, 4.3)."""
+from pipeline.chat import CALL, EARLY_STOP, END_CALL, END_THINK, Chat, Message, Mode
 
 
 @dataclass(frozen=True)

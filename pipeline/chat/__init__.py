@@ -19,6 +19,7 @@ from pipeline.chat.message import (
 from pipeline.chat.render import END_OF_TURN, Chat, Turn, mode_of, template_text
 from pipeline.chat.reply import (
     CALL,
+    EARLY_STOP,
     END_CALL,
     END_THINK,
     TAGS,
@@ -30,10 +31,12 @@ from pipeline.chat.reply import (
     is_well_formed,
     parse_call,
     parse_reply,
+    without_tags,
 )
 
 __all__ = [
     "CALL",
+    "EARLY_STOP",
     "END_CALL",
     "END_OF_TURN",
     "END_THINK",
@@ -59,4 +62,5 @@ __all__ = [
     "template_text",
     "text_of",
     "without_reasoning",
+    "without_tags",
 ]

@@ -15,6 +15,7 @@ import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from pipeline.chat.message import Message, Mode, prepare_message, prepare_tools
+from pipeline.chat.token_bytes import token_bytes
 from pipeline.errors import BaseError, DataError
 
 END_OF_TURN = "<|im_end|>"
@@ -64,6 +65,7 @@ class Chat:
         self._control = {token.content: token_id for token_id, token in added.items()}
         self._control_pattern = re.compile("|".join(map(re.escape, self._control)))
         self.control_ids = frozenset(added)
+        self.num_ids = self.tokenizer.get_vocab_size(with_added_tokens=True)
         # A control token cuts a text whatever stands around it, so turns are encoded one by one;
         # the rows of one conversation, and those of one system prompt, have most turns in common.
         self._segment_ids = lru_cache(maxsize=512)(self._encode_segment)
@@ -121,6 +123,14 @@ class Chat:
             f"{_ESCAPE}(.)", lambda m: self._literals[ord(m[1]) - _FIRST_CODE], rendered, flags=re.S
         )
 
+    def reply_ids(self, text: str) -> list[int]:
+        """Ids of what a model said: a tag in it is the token itself."""
+        return self._encode(text)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, which need not be a whole character."""
+        return token_bytes(self.tokenizer, token_id)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, control tokens visible."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
@@ -130,6 +140,12 @@ class Chat:
     ) -> list[int]:
         """What an engine is asked to continue."""
         return self.encode(self.render(messages, tools, mode))
+
+    def begun_ids(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[int]:
+        """The same where the last message is the beginning of the reply: as far as that goes."""
+        turn = self.turn(messages, tools, len(messages) - 1)
+        completion = turn.completion_ids
+        return turn.prompt_ids + completion[: completion.index(self.end_of_turn_id)]
 
     def turns(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> Iterator[Turn]:
         """Each assistant turn as inference would meet it, in its own mode: see `turn`.

@@ -10,6 +10,11 @@ from pipeline.chat.message import Mode
 THINK, END_THINK = "<think>", "</think>"
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 TAGS = (THINK, END_THINK, CALL, END_CALL)
+EARLY_STOP = (
+    "\n\nConsidering the limited time by the user, I have to give the solution based on the "
+    f"thinking directly now.\n{END_THINK}\n\n"
+)
+"""What ends a thought that has used up its budget; Qwen's own text (Qwen3 report, 4.3)."""
 Channel = Literal["reasoning", "answer", "call"]
 
 
@@ -26,13 +31,15 @@ class Splitter:
 
     Tags never appear in a piece: what may be the beginning of one is held back. The template's own
     line breaks around the blocks are taken off, so pieces join to what the template was given.
+    A call in a thought is none: its text stays part of the thought.
     """
 
-    def __init__(self, mode: Mode) -> None:
+    def __init__(self, mode: Mode, *, is_begun: bool = False) -> None:
+        """`is_begun` is a reply whose answer's beginning was given, and goes on from there."""
         self._channel: Channel = "answer"
         self._may_think = mode == "thinking"
         self._buffer = ""
-        self._at_start = True
+        self._at_start = not is_begun
 
     def feed(self, text: str) -> list[Piece]:
         """Take the next text of the reply, give what is certain."""
@@ -40,7 +47,10 @@ class Splitter:
         pieces: list[Piece] = []
         while (found := self._next_tag()) is not None:
             before, tag = found
-            self._emit(pieces, before.rstrip("\n") if before else "")
+            if self._channel == "reasoning" and tag != END_THINK:
+                self._emit(pieces, before)
+                continue
+            self._emit(pieces, before.rstrip("\n"))
             self._switch(tag)
         if self._channel != "call":
             keep = _held_back(self._buffer)
@@ -96,6 +106,14 @@ def _held_back(buffer: str) -> int:
     )
     before = buffer[: len(buffer) - tag_part]
     return tag_part + len(before) - len(before.rstrip("\n"))
+
+
+def without_tags(text: str) -> str:
+    """A call that is none, as text: its tags go, and what they would leave as tags, too."""
+    while any(tag in text for tag in TAGS):
+        for tag in TAGS:
+            text = text.replace(tag, "")
+    return text
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What measures the figures of the README's tables."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer import echo as say
@@ -72,3 +72,26 @@ def bench_merge(
     found = local_folder(base) or Path(base)
     with TemporaryDirectory(prefix="bench-merge-", dir=found.parent) as folder:
         say(table(measure(found, rank, keep or Path(folder))))
+
+
+@commands.command("engine")
+def bench_engine(
+    base: Annotated[
+        Path, typer.Option(help="What is served: anything `pipeline serve` takes.")
+    ] = Path("bases/demo"),
+    engine: Annotated[Literal["llamacpp", "vllm"], typer.Option()] = "llamacpp",
+    streams: Annotated[str, typer.Option(help="Numbers of streams at once.")] = "1,8,32",
+    tokens: Annotated[int, typer.Option(min=2, help="Of each stream.")] = 64,
+    keep: Annotated[
+        Path | None, typer.Option(help="An empty folder for what is made; else nothing stays.")
+    ] = None,
+) -> None:
+    """Tokens a second through our server beside the engine alone; what a second phase costs."""
+    from tempfile import TemporaryDirectory
+
+    from pipeline.bench.engine import bench_engine as measure
+    from pipeline.bench.engine import table
+
+    numbers = [int(number) for number in streams.split(",")]
+    with TemporaryDirectory(prefix="bench-engine-") as folder:
+        say(table(measure(base, engine, numbers, tokens, keep or Path(folder))))

@@ -9,7 +9,7 @@ import warnings
 import typer
 from typer import echo as say
 
-from pipeline.cli import artefacts, benches, merging, preparing, proof, serving, training
+from pipeline.cli import artefacts, benches, keys, merging, preparing, proof, serving, training
 from pipeline.errors import Interrupted, PipelineError, RunError
 
 app = typer.Typer(
@@ -21,11 +21,13 @@ app = typer.Typer(
 )
 for room in (preparing, training, merging, artefacts, proof, serving):  # the order of --help
     app.add_typer(room.commands)
+app.add_typer(keys.commands, name="keys", help="Who may use the server.")
 app.add_typer(benches.commands, name="bench", help="Measure what the README's tables say.")
 
 ALONE_S = 15.0  # how long a process waits for the first one to tell of a failure that is common
 # Which extra of pyproject.toml brings a missing package; all others are in "train".
-EXTRAS = dict.fromkeys(("aiohttp", "orjson", "rich", "starlette", "uvicorn", "xllamacpp"), "serve")
+SERVE = "aiohttp alembic orjson rich sqlalchemy starlette uvicorn xllamacpp"
+EXTRAS = dict.fromkeys(SERVE.split(), "serve")
 EXTRAS["openai"] = "dev"
 
 
@@ -64,8 +66,8 @@ def main() -> None:
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     # Libraries announce their own future; a user of ours can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    noisy = ("httpx2", "uvicorn", "transformers", "bitsandbytes", "accelerate", "datasets", "gguf")
-    for library in noisy:
+    noisy = "httpx2 uvicorn alembic transformers bitsandbytes accelerate datasets gguf"
+    for library in noisy.split():
         logging.getLogger(library).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if is_first_process() else "1")

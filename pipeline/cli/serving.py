@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 from typer import echo as say
 
+from pipeline.cli.keys import Books
 from pipeline.serve.choice import Choice
 
 commands = typer.Typer()
@@ -16,20 +17,63 @@ Artefact = Annotated[
 
 
 @commands.command()
-def serve(
-    target: Annotated[Path, typer.Argument(help="A run folder, its recipe or a .gguf file.")],
+def serve(  # noqa: PLR0913 - each is an option
+    target: Annotated[
+        Path,
+        typer.Argument(help="A run folder, its recipe, a checkpoint's folder or a .gguf file."),
+    ],
     port: Annotated[int, typer.Option(help="0 takes any free port.")] = 8000,
     engine: Annotated[
-        str, typer.Option(help="llamacpp, or a llama.cpp server's URL.")
-    ] = "llamacpp",
+        str,
+        typer.Option(
+            help="auto, llamacpp, vllm, or URLs with commas between; PIPELINE_ENGINE_KEY has "
+            "their API key. auto is vllm where there are CUDA and vLLM."
+        ),
+    ] = "auto",
     artefact: Artefact = "auto",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER puts an adapter on it, as model local/NAME; repeatable."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="AUTHOR/SLUG it is called; by default local/FOLDERNAME.")
+    ] = "",
+    slots: Annotated[
+        int | None,
+        typer.Option(min=1, help="Replies made at once.", show_default="llamacpp 4, vllm 256"),
+    ] = None,
+    context_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Room of each, prompt and reply together.",
+            show_default="llamacpp 8192, vllm the model's own",
+        ),
+    ] = None,
+    books: Books = None,
 ) -> None:
-    """Serve a run behind OpenRouter's chat API until Ctrl-C."""
+    """Serve it behind OpenRouter's chat API until Ctrl-C."""
+    from pipeline.serve.artefact import name_adapters
+    from pipeline.serve.engines import Room
     from pipeline.serve.server import Settings
     from pipeline.serve.server import serve as run_server
 
-    settings = Settings(port=port, engine=engine, artefact=artefact)
-    run_server(target, settings, lambda url: say(f"serving at {url}"))
+    settings = Settings(
+        port=port,
+        engine=engine,
+        artefact=artefact,
+        adapters=name_adapters(adapter or []),
+        model=model,
+        room=Room(slots, context_tokens),
+        books=books,
+    )
+
+    def ready(url: str, key: str | None) -> None:
+        if key:
+            say(f"key {key} is the first; it is shown this once, and clients send it as Bearer")
+        say(f"serving at {url}")
+
+    run_server(target, settings, ready)
 
 
 @commands.command()
@@ -42,13 +86,16 @@ def chat(
     ] = "http://127.0.0.1:8000/api/v1",
     mode: Annotated[Literal["thinking", "direct"], typer.Option()] = "thinking",
 ) -> None:
-    """Talk to a running server in the terminal."""
+    """Talk to a running server in the terminal; OPENROUTER_API_KEY has the key."""
+    import os
+
     from rich.console import Console
 
-    from pipeline.serve.catalog import find_artefact
+    from pipeline.serve.artefact import find_artefact
     from pipeline.serve.terminal import talk
 
-    talk(url, find_artefact(target).slug, mode, Console())
+    key = os.environ.get("OPENROUTER_API_KEY", "")
+    talk(url, key, find_artefact(target).slug, mode, Console())
 
 
 @commands.command()

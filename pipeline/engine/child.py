@@ -1,17 +1,22 @@
-"""llama.cpp as a child process of ours: spawned, listening on a socket, ended with us."""
+"""A server process of ours: spawned, listening on a socket, ended with us."""
 
 import asyncio
 import contextlib
+import fcntl
 import os
-import re
 import shutil
-import sys
+import signal
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 STOP_TIMEOUT_S = 5
-_REFUSED = re.compile(r"lora adapter: (.*)\n.*failed to load lora adapter '(.*)'")
+LEAVE_TIMEOUT_S = 5
+_POLL_S = 0.05
+_OWNED = ".owned"
+"""In a socket's folder; locked for as long as its owner lives, however that ends."""
 
 
 @dataclass(frozen=True)
@@ -21,34 +26,30 @@ class Child:
     process: asyncio.subprocess.Process
     folder: Path
     log: Path
+    owned: TextIO
 
     @classmethod
     async def start(
-        cls, gguf: Path, slots: int, context_tokens: int, log: Path, adapter: Path | None
+        cls,
+        name: str,
+        command: Callable[[Path], Sequence[str]],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
     ) -> "Child":
-        """Spawn it; it is not ready yet. `log` will hold what it says, and nothing older."""
-        folder = Path(tempfile.mkdtemp(prefix="llamacpp-"))
-        command = ["-m", "pipeline.engine.llamacpp_child", "--gguf", str(gguf.resolve())]
-        command += ["--socket", str(_socket(folder)), "--slots", str(slots)]
-        command += ["--context-tokens", str(context_tokens)]
-        command += ["--adapter", str(adapter.resolve())] if adapter else []
-        # This package need not be installed for the child to find it.
-        root = str(Path(__file__).parents[2])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as file:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *command,
-                # The child ends when this pipe does: also when this process is killed.
-                stdin=asyncio.subprocess.PIPE,
-                stdout=file,
-                stderr=file,
-                env={**os.environ, "PYTHONPATH": path},
-                # Ctrl-C in a terminal reaches a whole group; we decide when the child ends.
-                start_new_session=True,
-            )
-        return cls(process, folder, log)
+        """Spawn it; it is not ready yet. `log` will hold what it says, and nothing older.
+
+        `command` is given the socket to listen on, and `environment` is added to ours. The command
+        must end when its standard input does.
+        """
+        _sweep(name)
+        folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+        try:
+            owned = _own(folder)
+            process = await _spawn(command(_socket(folder)), log, environment or {})
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+        return cls(process, folder, log, owned)
 
     @property
     def socket(self) -> Path:
@@ -60,21 +61,15 @@ class Child:
         """Whether the process has ended."""
         return self.process.returncode is not None
 
-    def why_gone(self) -> str:
-        """One sentence for a process that ended before it was ready, from what it has said."""
-        refused = _REFUSED.search(self.log.read_text(encoding="utf-8", errors="replace"))
-        what = "did not start"
-        if refused:
-            what = f"does not take the adapter {refused[2]} for this model: {refused[1]}"
-        return f"llama.cpp {what}; see {self.log}"
-
     def kill(self) -> None:
-        """End it at once; while it loads a model it hears of nothing else."""
+        """End it and its own children at once; while it loads a model it hears of nothing else."""
         with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     async def end(self) -> None:
-        """Ask it to end, then make it; its socket goes too."""
+        """Ask it to end, then make it; its socket goes too. Twice does no harm."""
+        if self.owned.closed:
+            return
         if self.process.stdin is not None:
             self.process.stdin.close()
         try:
@@ -82,8 +77,59 @@ class Child:
         except TimeoutError:
             self.kill()
             await self.process.wait()
+        await self._let_leave()
+        self.kill()  # what it has started and left behind
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.owned.close()
+
+    async def _let_leave(self) -> None:
+        """Give a moment to what it has started: vLLM's processes have memory to free."""
+        for _ in range(round(LEAVE_TIMEOUT_S / _POLL_S)):
+            try:
+                os.killpg(self.process.pid, 0)
+            except (ProcessLookupError, PermissionError):  # nobody is left, or only dead ones
+                return
+            await asyncio.sleep(_POLL_S)
 
 
 def _socket(folder: Path) -> Path:
     return folder / "engine.sock"
+
+
+async def _spawn(
+    command: Sequence[str], log: Path, environment: Mapping[str, str]
+) -> asyncio.subprocess.Process:
+    # This package need not be installed for the child to find it.
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as file:
+        return await asyncio.create_subprocess_exec(
+            *command,
+            # The child ends when this pipe does: also when this process is killed.
+            stdin=asyncio.subprocess.PIPE,
+            stdout=file,
+            stderr=file,
+            env={**os.environ, "PYTHONPATH": path, **environment},
+            # Ctrl-C in a terminal reaches a whole group; we decide when the child ends.
+            start_new_session=True,
+        )
+
+
+def _own(folder: Path) -> TextIO:
+    """Mark a folder as in use, for as long as the file is open; it is locked once it has its name.
+
+    The child does not inherit the file, so it is free as soon as this process has ended.
+    """
+    owned = (folder / f"{_OWNED}.new").open("w")
+    fcntl.flock(owned, fcntl.LOCK_EX)
+    (folder / f"{_OWNED}.new").rename(folder / _OWNED)
+    return owned
+
+
+def _sweep(name: str) -> None:
+    """Remove the folders whose owners were killed before their child could."""
+    for file in Path(tempfile.gettempdir()).glob(f"{name}-*/{_OWNED}"):
+        with contextlib.suppress(OSError), file.open() as owned:
+            fcntl.flock(owned, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(file.parent)

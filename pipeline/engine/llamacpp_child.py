@@ -36,16 +36,17 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--slots", type=int, required=True)
     parser.add_argument("--context-tokens", type=int, required=True)
-    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--adapter", type=Path, action="append", default=[])
     return parser.parse_args()
 
 
 def _parameters(arguments: argparse.Namespace) -> Any:
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(arguments.gguf)
-    if arguments.adapter:  # each request is then answered with it, at its full strength
-        adapter = xllamacpp.CommonAdapterLoraInfo(str(arguments.adapter), 1.0)
-        parameters.lora_adapters = [adapter]
+    # Each request says which of them it wants.
+    parameters.lora_adapters = [
+        xllamacpp.CommonAdapterLoraInfo(str(adapter), 0.0) for adapter in arguments.adapter
+    ]
     parameters.hostnames = [str(arguments.socket)]
     parameters.n_parallel = arguments.slots
     # Each slot has a cache of its own, so one long conversation cannot take another's room.
@@ -55,7 +56,8 @@ def _parameters(arguments: argparse.Namespace) -> Any:
     parameters.n_ubatch = BATCH_TOKENS
     # A request holds a thread for as long as it waits or runs, and a queue must not starve /health.
     parameters.n_threads_http = 64 + arguments.slots
-    parameters.cache_ram_mib = PROMPT_CACHE_MIB
+    # That memory does not know with which adapter a prompt was computed.
+    parameters.cache_ram_mib = 0 if arguments.adapter else PROMPT_CACHE_MIB
     parameters.ctx_shift = False
     parameters.ui = False
     return parameters

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.checkpoint import read_header
+from pipeline.engine.vllm_launch import MAX_RANKS, adapter_rank, max_rank
 from pipeline.run import read_json
 
-MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Kinds of adapters vLLM does not compute, by their key in adapter_config.json.
 _UNKNOWN = {
@@ -37,8 +37,8 @@ def why_not_vllm(adapter: Path) -> str:
 
 def vllm_options(adapter: Path) -> str:
     """The options of `vllm serve` for an adapter that it loads."""
-    rank = _rank(read_json(adapter / "adapter_config.json"))
-    return f"--enable-lora --max-lora-rank {next(most for most in MAX_RANKS if most >= rank)}"
+    rank = adapter_rank(read_json(adapter / "adapter_config.json"))
+    return f"--enable-lora --max-lora-rank {max_rank([rank])}"
 
 
 def _faults(config: Mapping[str, Any]) -> Iterator[str]:
@@ -50,12 +50,8 @@ def _faults(config: Mapping[str, Any]) -> Iterator[str]:
     begun = config.get("init_lora_weights")
     if isinstance(begun, str) and begun.lower() not in _BEGINNINGS:
         yield f"{begun} changes the base itself"
-    if _rank(config) > MAX_RANKS[-1]:
-        yield f"rank {_rank(config)} is above its {MAX_RANKS[-1]}"
-
-
-def _rank(config: Mapping[str, Any]) -> int:
-    return max(int(rank) for rank in [config["r"], *(config.get("rank_pattern") or {}).values()])
+    if adapter_rank(config) > MAX_RANKS[-1]:
+        yield f"rank {adapter_rank(config)} is above its {MAX_RANKS[-1]}"
 
 
 def _foreign_weights(adapter: Path) -> list[str]:

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from pipeline.errors import EngineError, RequestError
+from pipeline.errors import BooksError, EngineDown, EngineError, EngineRefused, RequestError
 from pipeline.serve import schema
 from pipeline.serve.catalog import Catalog
-from pipeline.serve.dialogue import Event, Said, answer
+from pipeline.serve.choices import Indexed, answer_all
+from pipeline.serve.events import Event, Said
 from pipeline.serve.exchange import Exchange, HungUp
-from pipeline.serve.order import Order, decide
+from pipeline.serve.keys import Key, Keys
+from pipeline.serve.ledger import Ledger
+from pipeline.serve.order import decide
+from pipeline.serve.record import Record
 from pipeline.serve.request import parse_request
 
 log = logging.getLogger(__name__)
@@ -29,16 +33,16 @@ _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 @dataclass(frozen=True)
 class _Reply:
-    """A reply about to be sent: what was ordered, and what its objects begin with."""
+    """A reply about to be sent."""
 
-    order: Order
+    record: Record
     heading: schema.Heading
     headers: dict[str, str]
 
     def shows(self, event: Event) -> bool:
         """Whether the client is told; hidden reasoning is still counted."""
         hidden = isinstance(event, Said) and event.channel == "reasoning"
-        return self.order.shows_reasoning or not hidden
+        return self.record.order.shows_reasoning or not hidden
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,9 @@ class App:
     """The ASGI application over the models of a catalog."""
 
     catalog: Catalog
+    keys: Keys | None = None
+    """None lets everybody in."""
+    ledger: Ledger | None = None
     keep_alive_s: float = KEEP_ALIVE_S
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,11 +68,16 @@ class App:
             except Exception as error:  # noqa: BLE001 - the last resort: an answer to anything
                 failure = _as_request_error(error)
                 if not exchange.is_started:
-                    await exchange.answer(schema.error_body(failure), failure.status, {})
+                    wait_s = failure.retry_after_s
+                    headers = {} if wait_s is None else {"Retry-After": str(wait_s)}
+                    await exchange.answer(schema.error_body(failure), failure.status, headers)
 
     @functools.cached_property
     def _routes(self) -> dict[str, tuple[str, Handler]]:
-        routes: dict[str, tuple[str, Handler]] = {"/health": ("GET", self._health)}
+        routes: dict[str, tuple[str, Handler]] = {
+            "/health": ("GET", self._health),
+            "/ready": ("GET", self._ready),
+        }
         for prefix in PREFIXES:
             routes[f"{prefix}/chat/completions"] = ("POST", self._chat)
             routes[f"{prefix}/models"] = ("GET", self._models)
@@ -81,66 +93,111 @@ class App:
         return handler
 
     async def _health(self, exchange: Exchange) -> None:
-        healthy = all([await served.engine.is_healthy() for served in self.catalog.models])
-        await exchange.answer({"status": "ok" if healthy else "down"}, 200 if healthy else 503, {})
+        """Whether this process answers; `_ready` says whether it answers requests."""
+        await exchange.answer({"status": "ok"}, 200, {})
+
+    async def _ready(self, exchange: Exchange) -> None:
+        is_ready = await self.catalog.is_ready()
+        status = "ready" if is_ready else "not ready"
+        await exchange.answer({"status": status}, 200 if is_ready else 503, {})
 
     async def _models(self, exchange: Exchange) -> None:
         await exchange.answer(schema.models_body(self.catalog.models), 200, {})
 
     async def _chat(self, exchange: Exchange) -> None:
+        begun_s = time.monotonic()
+        key = await self._admit(exchange)
         request = parse_request(await exchange.read_body())
         served = self.catalog.find(request.model)
         # In a thread: a long prompt takes the tokenizer long, and other streams must not wait.
         order = await asyncio.to_thread(decide, request, served)
-        created = int(time.time())
-        heading = schema.Heading(schema.generation_id(created), created, served.slug)
+        record = Record(served, request, order, key, exchange.headers, begun_s)
+        try:
+            await exchange.unless_hung_up(self._reply(exchange, record))
+        except HungUp:
+            raise
+        except Exception as error:
+            record.error = _as_request_error(error)
+            raise
+        finally:
+            await self._book(record)
+
+    async def _reply(self, exchange: Exchange, record: Record) -> None:
+        order, served = record.order, record.served
+        heading = schema.Heading(
+            record.id,
+            record.created,
+            served.slug,
+            served.chat,
+            order.top_logprobs is not None,
+        )
         headers = {"X-Generation-Id": heading.id}
         if order.ignored:
             headers["X-Ignored-Parameters"] = schema.ignored_header(order.ignored)
-        send = self._send_stream if request.stream else self._send_whole
-
-        async def work() -> None:
-            async with contextlib.aclosing(answer(order, served.engine)) as events:
-                # Nothing is sent before the first event: until then a failure has a status.
-                first = await anext(events)
-                await send(exchange, _Reply(order, heading, headers), _chain(first, events))
-
-        await exchange.unless_hung_up(work())
+        send = self._send_stream if record.request.stream else self._send_whole
+        replies = answer_all(order, served.chat, served.engine, record.tallies)
+        async with contextlib.aclosing(record.noted(replies)) as events:
+            # Nothing is sent before the first event: until then a failure has a status.
+            first = await anext(events)
+            await send(exchange, _Reply(record, heading, headers), _chain(first, events))
 
     async def _send_whole(
-        self, exchange: Exchange, reply: _Reply, events: AsyncGenerator[Event, None]
+        self, exchange: Exchange, reply: _Reply, events: AsyncGenerator[Indexed, None]
     ) -> None:
-        completion = schema.Completion(reply.heading)
+        record = reply.record
+        completions = [schema.Completion(index) for index in range(record.order.num_choices)]
         try:
-            async for event in events:
+            async for index, event in events:
                 if reply.shows(event):
-                    completion.add(event)
+                    completions[index].add(event)
         except EngineError as error:
-            completion.error = _as_request_error(error)
-        await exchange.answer(completion.body(), 200, reply.headers)
+            record.error = _as_request_error(error)
+        await self._book(record)
+        body = schema.completion_body(reply.heading, completions, record.usage, record.error)
+        await exchange.answer(body, 200, reply.headers)
 
     async def _send_stream(
-        self, exchange: Exchange, reply: _Reply, events: AsyncGenerator[Event, None]
+        self, exchange: Exchange, reply: _Reply, events: AsyncGenerator[Indexed, None]
     ) -> None:
         await exchange.begin(200, "text/event-stream", {**_STREAM_HEADERS, **reply.headers})
         await exchange.write(schema.KEEP_ALIVE)
         keeping_alive = asyncio.create_task(self._keep_alive(exchange))
+        record, heading = reply.record, reply.heading
         try:
-            async for event in events:
+            async for index, event in events:
                 if reply.shows(event):
-                    chunks = reply.heading.chunks(event)
+                    chunks = heading.chunks(index, event)
                     await exchange.write(b"".join(_frame(chunk) for chunk in chunks))
+            await self._book(record)
+            await exchange.write(_frame(heading.usage_chunk(record.usage)))
         except HungUp:
             raise
         except Exception as error:  # noqa: BLE001 - the status is out; the stream must say it
-            chunk = reply.heading.error_chunk(_as_request_error(error))
-            await exchange.write(_frame(chunk))
+            record.error = _as_request_error(error)
+            await exchange.write(_frame(heading.error_chunk(record.error)))
         finally:
             keeping_alive.cancel()
             # Nothing of it comes after the end; a HungUp it met is `unless_hung_up`'s to tell.
             await asyncio.gather(keeping_alive, return_exceptions=True)
         await exchange.write(schema.DONE)
         await exchange.write(b"", more=False)
+
+    async def _admit(self, exchange: Exchange) -> Key | None:
+        """Whose request it is; RequestError 401 for one that must not be answered."""
+        if self.keys is None:
+            return None
+        headers = exchange.headers
+        return await self.keys.check(headers.get("authorization"), headers.get("x-api-key"))
+
+    async def _book(self, record: Record) -> None:
+        """Into the ledger, once; a reply is not held up by books that cannot be written."""
+        if self.ledger is None or record.is_booked:
+            return
+        record.is_booked = True
+        try:
+            await self.ledger.record(record.generation())
+        except BooksError as error:
+            log.error("%s", error)
 
     async def _keep_alive(self, exchange: Exchange) -> None:
         """A comment in every gap, so that nothing between us and the client gives up."""
@@ -153,7 +210,9 @@ class App:
                 await exchange.write(schema.KEEP_ALIVE)
 
 
-async def _chain(first: Event, rest: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+async def _chain(
+    first: Indexed, rest: AsyncGenerator[Indexed, None]
+) -> AsyncGenerator[Indexed, None]:
     yield first
     async for event in rest:
         yield event
@@ -167,6 +226,11 @@ def _as_request_error(error: Exception) -> RequestError:
     """Any failure as the client may see it; what is ours to mend goes to the log."""
     if isinstance(error, RequestError):
         return error
+    if isinstance(error, EngineDown):
+        wait_s = error.retry_after_s
+        return RequestError(str(error), 503, "provider_overloaded", wait_s)
+    if isinstance(error, EngineRefused):
+        return RequestError(str(error))
     if isinstance(error, EngineError):
         log.error("%s", error)
         return RequestError("Provider returned error", 502, "provider_unavailable")

@@ -5,13 +5,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from openai import APIError, OpenAI
 
 from pipeline.chat import Mode
 from pipeline.errors import EngineError, PipelineError
-from pipeline.serve.catalog import find_artefact
-from pipeline.serve.choice import Choice, refuse_uncertified
+from pipeline.serve.choice import Choice
+from pipeline.serve.server import Settings, find
 
 MODES: tuple[Mode, ...] = ("thinking", "direct")
 
@@ -22,12 +23,11 @@ def ask_both_modes(
     """Mode, reasoning and answer of a question in each mode; the server is stopped at the end."""
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": question})
-    artefact = find_artefact(target, choice)
     # The server would refuse as well, but only we can say so with the right exit code.
-    refuse_uncertified(artefact.folder, artefact.chosen)
+    find(target, Settings(artefact=choice))
     with (
-        _server(target, choice) as url,
-        OpenAI(base_url=url, api_key="none", max_retries=0) as client,
+        _server(target, choice) as (url, key),
+        OpenAI(base_url=url, api_key=key, max_retries=0) as client,
     ):
         for mode in MODES:
             yield mode, *_ask(client, messages, mode)
@@ -51,15 +51,18 @@ def _ask(client: OpenAI, messages: list[dict[str, str]], mode: Mode) -> tuple[st
 
 
 @contextmanager
-def _server(target: Path, choice: Choice) -> Iterator[str]:
+def _server(target: Path, choice: Choice) -> Iterator[tuple[str, str]]:
+    """Its base URL, and the key of its own books."""
     command = [sys.executable, "-m", "pipeline", "serve", str(target)]
     command += ["--port", "0", "--artefact", choice]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            line = server.stdout.readline()
-            if not line.startswith("serving at "):
-                raise EngineError(f"the server of {target} did not start; its reason stands above")
-            yield line.removeprefix("serving at ").strip()
-        finally:
-            server.terminate()
+    with TemporaryDirectory(prefix="ask-") as books:
+        command += ["--books", books]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+            try:
+                assert server.stdout is not None
+                key, url = (server.stdout.readline().split() for _ in range(2))
+                if not url:
+                    raise EngineError(f"the server of {target} did not start; see above for why")
+                yield url[2], key[1]
+            finally:
+                server.terminate()

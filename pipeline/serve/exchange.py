@@ -1,6 +1,7 @@
 """One HTTP request and its response, on bare ASGI."""
 
 import asyncio
+import functools
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
@@ -27,6 +28,12 @@ class Exchange:
         """When something was last sent, by the event loop's clock."""
         self._receive = receive
         self._send = send
+
+    @functools.cached_property
+    def headers(self) -> Mapping[str, str]:
+        """Of the request, by their names in lower case."""
+        pairs = self.scope.get("headers", ())
+        return {name.decode("latin-1"): text.decode("latin-1") for name, text in pairs}
 
     async def read_body(self) -> bytes:
         """The request's body; RequestError 413 as soon as it is too long."""

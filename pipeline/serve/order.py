@@ -1,13 +1,15 @@
 """A chat request decided against a model: mode, sampling, prompt, and what is not honoured."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
-from pipeline.chat import Mode
-from pipeline.engine.protocol import RECOMMENDED, Sampling
+from pipeline.chat import END_THINK, Mode
+from pipeline.engine.protocol import RECOMMENDED, Capability, Lane, Sampling
 from pipeline.errors import DataError, RequestError
 from pipeline.serve.catalog import Served
-from pipeline.serve.request import HARMLESS, READ_OF_MESSAGES, ChatRequest, Reasoning
+from pipeline.serve.constraints import Constraints, find_constraints
+from pipeline.serve.reasoning import find_budget, find_mode, ignored_of_reasoning, shows_reasoning
+from pipeline.serve.request import HARMLESS, READ_OF_MESSAGES, ChatRequest
 
 _SAMPLING = (
     "temperature",
@@ -34,57 +36,79 @@ class Order:
     prompt_ids: list[int]
     mode: Mode
     sampling: Sampling
-    stops: tuple[str, ...]
+    """Of every phase; `max_tokens` are for all of them together."""
+    lane: Lane = field(default_factory=Lane)
+    is_begun: bool = False
+    """Whether the prompt ends with the beginning of the answer."""
+    budget: int | None = None
+    """At most so many tokens of reasoning."""
+    stops: tuple[str, ...] = ()
     """They end the answer; reasoning passes them by."""
-    tool_names: frozenset[str]
-    max_calls: int | None
-    """None is any number of tool calls."""
-    shows_reasoning: bool
-    ignored: tuple[str, ...]
+    ends_after_thinking: bool = False
+    constraints: Constraints = field(default_factory=Constraints)
+    top_logprobs: int | None = None
+    """Of the answer's tokens, as in a Sampling."""
+    num_choices: int = 1
+    shows_reasoning: bool = True
+    ignored: tuple[str, ...] = ()
     """Request fields that change nothing here, named to the client."""
+
+    @property
+    def splits_thinking(self) -> bool:
+        """Whether the engine must be asked anew once the thought is over."""
+        wants = self.constraints
+        return (
+            self.budget is not None
+            or self.ends_after_thinking
+            or self.top_logprobs is not None
+            or wants.answer is not None
+            or wants.calls is not None
+        )
 
 
 def decide(request: ChatRequest, served: Served) -> Order:
     """Honour, refuse or name every field; RequestError carries the status of a refusal."""
     _refuse_unsupported(request)
-    mode = _mode(request)
-    tools = _tools(request)
-    prompt_ids = _prompt_ids(request, served, tools, mode)
+    able = served.engine.capabilities
+    is_begun = _is_begun(request)
+    mode = "direct" if is_begun else find_mode(request)
+    constraints = find_constraints(request, able, served.chat)
+    if is_begun and constraints.is_owed:
+        raise RequestError(
+            "messages: an answer that has begun can be held to no form and to no call; "
+            "leave out the last message, or response_format and tool_choice",
+            error_type="invalid_prompt",
+        )
+    prompt_ids = _prompt_ids(request, served, constraints.tools, mode, is_begun)
+    max_tokens = _max_tokens(request, served, len(prompt_ids))
+    stops = [stop for stop in request.stop or () if stop]
     return Order(
         prompt_ids=prompt_ids,
         mode=mode,
-        sampling=_sampling(request, mode, _max_tokens(request, served, len(prompt_ids))),
-        stops=tuple(stop for stop in request.stop or () if stop),
-        tool_names=frozenset(tool["function"]["name"] for tool in tools),
-        max_calls=1 if request.parallel_tool_calls is False else None,
-        shows_reasoning=_shows_reasoning(request),
-        ignored=tuple(_ignored(request, mode)),
+        sampling=_sampling(request, served, mode, max_tokens),
+        lane=Lane(served.adapter),
+        is_begun=is_begun,
+        budget=find_budget(request, max_tokens) if mode == "thinking" else None,
+        stops=tuple(stop for stop in stops if stop != END_THINK),
+        ends_after_thinking=mode == "thinking" and END_THINK in stops,
+        constraints=constraints,
+        top_logprobs=_top_logprobs(request, able),
+        num_choices=request.n or 1,
+        shows_reasoning=shows_reasoning(request),
+        ignored=tuple(_ignored(request, able, constraints)),
     )
 
 
 def _refuse_unsupported(request: ChatRequest) -> None:
     """What cannot be left out without answering another question than the client's."""
-    if request.n is not None and request.n > 1:
-        raise RequestError("n: only one choice is supported; send n: 1")
-    if request.response_format is not None and request.response_format.type != "text":
-        raise RequestError(
-            f"response_format.type: {request.response_format.type!r} is not supported; send text"
-        )
     others = [kind for kind in request.modalities or () if kind != "text"]
     if others:
         wanted = ", ".join(sorted({*others, "text"}))
         raise _no_endpoint(f"the requested output modalities: {wanted}")
-    if request.tool_choice not in (None, "auto", "none"):
-        raise _no_endpoint("the provided 'tool_choice' value.")
-    messages = request.messages or ()
-    for message in messages:
+    for message in request.messages or ():
         _refuse_other_parts(message.get("content"))
-    if messages and messages[-1]["role"] == "assistant":
-        raise RequestError(
-            "messages: a last message of role assistant (prefill) is not supported; "
-            "end with a user or tool message",
-            error_type="invalid_prompt",
-        )
+    if request.top_logprobs is not None and not request.logprobs:
+        raise RequestError("top_logprobs: send logprobs: true with it")
 
 
 def _refuse_other_parts(content: Any) -> None:
@@ -97,53 +121,31 @@ def _no_endpoint(what: str) -> RequestError:
     return RequestError(f"No endpoints found that support {what}", 404, "not_found")
 
 
-def _mode(request: ChatRequest) -> Mode:
-    """Thinking, unless it is switched off: that is Qwen3's own default."""
-    wishes = _thinking_wishes(request)
-    names = {thinks: name for name, thinks in wishes.items()}
-    if len(names) == 2:
-        raise RequestError(f"{names[True]} and {names[False]} contradict each other; send one")
-    return "direct" if False in names else "thinking"
-
-
-def _thinking_wishes(request: ChatRequest) -> dict[str, bool]:
-    """Every field that says whether to think, as the client wrote it, and what it says."""
-    reasoning, effort = request.reasoning or Reasoning(), request.reasoning_effort
-    if reasoning.effort is not None and effort not in (None, reasoning.effort):
-        raise RequestError('"reasoning.effort" and "reasoning_effort" differ; send one')
-    budget = reasoning.max_tokens
-    if budget is not None and (reasoning.effort or effort):
+def _is_begun(request: ChatRequest) -> bool:
+    """Whether the last message is the beginning of the answer, to be continued."""
+    messages = request.messages or [{}]
+    if messages[-1].get("role") != "assistant":
+        return False
+    if messages[-1].get("tool_calls"):
         raise RequestError(
-            'Only one of "reasoning.effort" and "reasoning.max_tokens" can be specified'
+            "messages: the last message calls tools; answer it with messages of role tool",
+            error_type="invalid_prompt",
         )
-    wishes = {}
-    if reasoning.enabled is not None:
-        wishes[f'"reasoning.enabled": {str(reasoning.enabled).lower()}'] = reasoning.enabled
-    if budget is not None:
-        wishes[f'"reasoning.max_tokens": {budget}'] = budget > 0
-    if reasoning.effort is not None:
-        wishes[f'"reasoning.effort": "{reasoning.effort}"'] = reasoning.effort != "none"
-    if effort is not None:
-        wishes[f'"reasoning_effort": "{effort}"'] = effort != "none"
-    return wishes
-
-
-def _shows_reasoning(request: ChatRequest) -> bool:
-    if request.reasoning is not None and request.reasoning.exclude is not None:
-        return not request.reasoning.exclude
-    return request.include_reasoning is not False
-
-
-def _tools(request: ChatRequest) -> list[dict[str, Any]]:
-    """As the client wrote them; none if they must not be called."""
-    return [] if request.tool_choice == "none" else request.tools or []
+    return True
 
 
 def _prompt_ids(
-    request: ChatRequest, served: Served, tools: list[dict[str, Any]], mode: Mode
+    request: ChatRequest,
+    served: Served,
+    tools: list[dict[str, Any]],
+    mode: Mode,
+    is_begun: bool,
 ) -> list[int]:
+    messages = request.messages or []
     try:
-        return served.chat.prompt_ids(request.messages or [], tools, mode)
+        if is_begun:
+            return served.chat.begun_ids(messages, tools)
+        return served.chat.prompt_ids(messages, tools, mode)
     except DataError as error:
         raise RequestError(f"messages: {error}", 400, "invalid_prompt") from error
     except RecursionError as error:
@@ -165,13 +167,37 @@ def _max_tokens(request: ChatRequest, served: Served, num_prompt_tokens: int) ->
     return asked
 
 
-def _sampling(request: ChatRequest, mode: Mode, max_tokens: int) -> Sampling:
+def _sampling(request: ChatRequest, served: Served, mode: Mode, max_tokens: int) -> Sampling:
     given = {name: getattr(request, name) for name in _SAMPLING}
     given = {name: value for name, value in given.items() if value is not None}
-    return Sampling(max_tokens=max_tokens, **{**RECOMMENDED[mode], **given})
+    bias = _logit_bias(request, served)
+    return Sampling(max_tokens=max_tokens, logit_bias=bias, **{**RECOMMENDED[mode], **given})
 
 
-def _ignored(request: ChatRequest, mode: Mode) -> list[str]:
+def _logit_bias(request: ChatRequest, served: Served) -> dict[int, float]:
+    """By token id; RequestError for one that the vocabulary has not."""
+    bias = {}
+    for key, value in (request.logit_bias or {}).items():
+        if not (
+            key.isascii() and key.isdigit() and len(key) < 10 and int(key) < served.chat.num_ids
+        ):
+            raise RequestError(
+                f"logit_bias: {key[:32]!r} is no token id of this model; ids are whole numbers "
+                f"below {served.chat.num_ids}"
+            )
+        bias[int(key)] = value
+    return bias
+
+
+def _top_logprobs(request: ChatRequest, able: frozenset[Capability]) -> int | None:
+    if not request.logprobs or "logprobs" not in able:
+        return None
+    return request.top_logprobs or 0
+
+
+def _ignored(
+    request: ChatRequest, able: frozenset[Capability], constraints: Constraints
+) -> list[str]:
     """Names of the fields that were given, are not null, and change nothing."""
     names = [
         name
@@ -183,25 +209,17 @@ def _ignored(request: ChatRequest, mode: Mode) -> list[str]:
         request.max_completion_tokens,
     ):
         names.append("max_tokens")
-    return [*names, *_ignored_of_reasoning(request, mode), *_ignored_of_messages(request)]
-
-
-def _ignored_of_reasoning(request: ChatRequest, mode: Mode) -> list[str]:
-    reasoning = request.reasoning or Reasoning()
-    extra = reasoning.model_extra or {}
-    names = [f"reasoning.{name}" for name, value in extra.items() if value is not None]
-    if reasoning.exclude is not None and request.include_reasoning is reasoning.exclude:
-        names.append("include_reasoning")
-    if mode == "thinking":
-        # No budget is enforced: the model thinks for as long as it wants, within max_tokens.
-        names += [
-            f"reasoning.{name}"
-            for name in ("max_tokens", "effort")
-            if getattr(reasoning, name) is not None
-        ]
-        if request.reasoning_effort is not None:
-            names.append("reasoning_effort")
-    return names
+    names += [
+        name
+        for name in get_args(Capability)
+        if name in ChatRequest.model_fields
+        and name not in able
+        and getattr(request, name) is not None
+    ]
+    if request.top_logprobs is not None and "logprobs" not in able:
+        names.append("top_logprobs")
+    names += ignored_of_reasoning(request)
+    return [*names, *constraints.ignored, *_ignored_of_messages(request)]
 
 
 def _ignored_of_messages(request: ChatRequest) -> list[str]:

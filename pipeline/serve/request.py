@@ -10,13 +10,15 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    model_validator,
 )
 
 from pipeline.errors import RequestError
 
 Effort = Literal["max", "xhigh", "high", "medium", "low", "minimal", "none"]
+MAX_CHOICES = 8
 # They ask for nothing in the reply: labels for the books, hints for a cache that is automatic
-# here, and two old ways to ask for the usage that is always sent.
+# here, a guess of the answer, and two old ways to ask for the usage that is always sent.
 HARMLESS = frozenset(
     [
         "cache_control",
@@ -96,10 +98,36 @@ class Reasoning(_Part):
     enabled: bool | None = None
 
 
+class _Schema(_Part):
+    name: str = Field(pattern="^[A-Za-z0-9_-]{1,64}$")
+    description: str | None = None
+    strict: bool | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
 class ResponseFormat(_Part):
     """The shape asked of the answer."""
 
-    type: str
+    type: Literal["text", "json_object", "json_schema", "grammar"]
+    json_schema: _Schema | None = None
+    grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> "ResponseFormat":
+        if self.type in ("json_schema", "grammar") and getattr(self, self.type) is None:
+            raise ValueError(f"type {self.type} needs the field {self.type}")
+        return self
+
+
+class _Named(_Part):
+    name: str
+
+
+class NamedTool(_Part):
+    """The one function to be called."""
+
+    type: Literal["function"]
+    function: _Named
 
 
 def _as_list(value: Any) -> Any:
@@ -121,16 +149,20 @@ class ChatRequest(_Part):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     repetition_penalty: float | None = Field(default=None, gt=0, le=2)
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: Annotated[list[str] | None, BeforeValidator(_as_list)] = Field(default=None, max_length=4)
-    n: int | None = Field(default=None, ge=1)
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
     tools: list[Annotated[dict[str, Any], _checked(_Tool)]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: bool | None = None
     modalities: list[str] | None = None
 
 

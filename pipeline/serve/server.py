@@ -3,27 +3,34 @@
 import asyncio
 import contextlib
 import logging
-import os
+import re
 import signal
 import socket
-import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
 from pipeline.chat import Chat
-from pipeline.engine.llamacpp import LlamaCpp
-from pipeline.engine.protocol import Engine, Sampling
-from pipeline.errors import EngineError, PipelineError
+from pipeline.engine.choose import EngineChoice, choose_engine
+from pipeline.engine.protocol import Engine
+from pipeline.engine.supervisor import Supervisor
+from pipeline.errors import PipelineError
 from pipeline.serve.app import App
-from pipeline.serve.catalog import Artefact, Catalog, Served, find_artefact
-from pipeline.serve.choice import Choice, Chosen, refuse_uncertified
+from pipeline.serve.artefact import Artefact, Load, find_artefact, load
+from pipeline.serve.books import open_books
+from pipeline.serve.catalog import Catalog, Served
+from pipeline.serve.choice import Choice, refuse_uncertified
+from pipeline.serve.engines import Room, join_engines, start_engine
+from pipeline.serve.keys import Keys, first_key
+from pipeline.serve.ledger import Ledger
 
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_DROPPED_S = 1  # for what has not ended within the grace period to notice that it is cut
 
 
 @dataclass(frozen=True)
@@ -33,47 +40,113 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     """0 is any free one."""
-    engine: str = "llamacpp"
-    """llamacpp, or the URL of a llama.cpp server that has the same model loaded."""
+    engine: str = "auto"
+    """auto, llamacpp, vllm, or URLs, with commas between, of servers with the same model loaded."""
     artefact: Choice = "auto"
-    """Which of a run's files llama.cpp loads."""
-    slots: int = 4
-    """Replies made at once; further requests wait for one of them."""
-    context_tokens: int = 8192
-    """Room of each slot, prompt and completion together; at most the model's own."""
+    """Which of a run's artefacts is served."""
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    """Put on what is served, by the slugs of the models they make."""
+    model: str = ""
+    """What clients call what is served, AUTHOR/SLUG; by default local/ and the folder's name."""
+    room: Room = field(default_factory=Room)
+    """Of an engine of ours."""
+    books: str | None = None
+    """Of keys and generations, as `open_books` has it."""
     grace_s: int = 10
     """How long running replies may take after the signal to stop."""
 
-    @property
-    def is_elsewhere(self) -> bool:
-        """Whether the engine is a URL: it has loaded a file that need not lie here."""
-        return self.engine.startswith(("http://", "https://"))
+
+Ready = Callable[[str, str | None], None]
+"""Told the base URL once the first request can be answered, and the key if a first was made."""
 
 
-def serve(path: Path, settings: Settings, ready: Callable[[str], None]) -> None:
-    """Serve a run folder or a .gguf file until SIGINT or SIGTERM; call in the main thread.
+def serve(path: Path, settings: Settings, ready: Ready) -> None:
+    """Serve a run, a checkpoint or a .gguf file until SIGINT or SIGTERM; call in the main thread.
 
-    `ready` is told the base URL once the first request can be answered. Raises GateMissed for an
-    artefact whose certificate says that it is not the model as trained.
+    Raises GateMissed for an artefact whose certificate says that it is not the model as trained.
     """
-    if settings.is_elsewhere and settings.artefact != "auto":
-        raise PipelineError(f"--artefact is not for {settings.engine}, which has loaded its model")
-    artefact = find_artefact(path, settings.artefact)
-    if settings.is_elsewhere:
-        artefact = replace(artefact, chosen=Chosen(None))
-    else:
-        _gguf(artefact)
-    refuse_uncertified(artefact.folder, artefact.chosen)
+    chosen, artefact = find(path, settings)
     if artefact.chosen.why:
         log.info(artefact.chosen.why)
-    with _listen(settings) as listener:
-        asyncio.run(_serve(artefact, settings, listener, ready))
+    with _listen(settings) as listener, open_books(settings.books) as books:
+        # Before the loop runs: making a GGUF file takes minutes, and is stopped by any signal.
+        files = None if chosen.urls else load(artefact, settings.adapters, chosen.kind)
+        serving = _Serving(artefact, settings, chosen, files)
+        with contextlib.closing(Ledger(books)) as ledger:
+            asyncio.run(serving.run(listener, Keys(books), ledger, ready))
 
 
-def _gguf(artefact: Artefact) -> Path:
-    if artefact.chosen.gguf is None:
-        raise PipelineError(f"{artefact.folder} has no .gguf file: run `pipeline export` first")
-    return artefact.chosen.gguf
+def find(path: Path, settings: Settings) -> tuple[EngineChoice, Artefact]:
+    """Which engine serves what; PipelineError, or GateMissed, for what cannot or must not be."""
+    chosen = choose_engine(settings.engine, is_gguf=path.suffix == ".gguf")
+    if chosen.why:
+        log.info("engine %s, for %s", chosen.kind, chosen.why)
+    for option, value in (
+        ("artefact", settings.artefact != "auto"),
+        ("adapter", settings.adapters),
+    ):
+        if value and chosen.urls:
+            raise PipelineError(f"--{option} is not for {settings.engine}, which has its model")
+    if settings.model and not re.fullmatch(r"[\w.-]+/[\w.-]+", settings.model):
+        raise PipelineError(f"--model {settings.model}: give AUTHOR/SLUG")
+    artefact = find_artefact(path, settings.artefact, chosen.kind)
+    if (settings.model or artefact.slug) in settings.adapters:
+        raise PipelineError(f"two models would be called {settings.model or artefact.slug}")
+    refuse_uncertified(artefact.folder, artefact.chosen)
+    return chosen, artefact
+
+
+@dataclass(frozen=True)
+class _Serving:
+    """One server's life."""
+
+    artefact: Artefact
+    settings: Settings
+    chosen: EngineChoice
+    files: Load | None
+    """None if the engines are elsewhere."""
+
+    async def run(self, listener: socket.socket, keys: Keys, ledger: Ledger, ready: Ready) -> None:
+        """Until a signal comes; while the engine starts, it stops that."""
+        chat = Chat(self.artefact.folder)
+        starting = asyncio.current_task()
+        assert starting is not None
+        _on_signals(starting.cancel)
+        with contextlib.suppress(asyncio.CancelledError):
+            async with self._engine(chat) as engine:
+                catalog = Catalog(self._served(chat, engine))
+                server = _Server(_configure(App(catalog, keys, ledger)))
+                stop = _Stop(server, catalog, engine, self.settings.grace_s)
+                _on_signals(stop.begin)
+                host, port = listener.getsockname()[:2]
+                ready(f"http://{host}:{port}/api/v1", first_key(keys))
+                await server.serve(sockets=[listener])
+
+    @contextlib.asynccontextmanager
+    async def _engine(self, chat: Chat) -> AsyncIterator[Engine]:
+        engine: Engine
+        if self.files is None:
+            engine = await join_engines(self.chosen.urls, chat)
+        else:
+            kind, run = self.chosen.kind, self.artefact.run
+            engine = await start_engine(kind, self.files, self.settings.room, chat, run)
+        try:
+            yield engine
+        finally:
+            await engine.close()
+
+    def _served(self, chat: Chat, engine: Engine) -> list[Served]:
+        """What lies at the path, by itself or as its own adapter makes it; then the others."""
+        slug = self.settings.model or self.artefact.slug
+        own = self.artefact.slug if self.files and self.artefact.chosen.adapter else None
+        file = self.files.weights if self.files else self.artefact.tokenizer
+        created = int(file.stat().st_mtime)
+        engine_name = self.chosen.kind if self.files else "url"
+        names = {slug: own} | {other: other for other in self.settings.adapters}
+        return [
+            Served(name, chat, engine, created, adapter, author, engine_name)
+            for (author, _, name), adapter in ((s.partition("/"), a) for s, a in names.items())
+        ]
 
 
 @contextlib.contextmanager
@@ -94,75 +167,13 @@ def _listen(settings: Settings) -> Iterator[socket.socket]:
         yield listener
 
 
-async def _serve(
-    artefact: Artefact, settings: Settings, listener: socket.socket, ready: Callable[[str], None]
-) -> None:
-    chat = Chat(artefact.folder)
-    file = artefact.tokenizer if settings.is_elsewhere else _gguf(artefact)
-    created = int(file.stat().st_mtime)
-    starting = asyncio.current_task()
-    assert starting is not None
-    _on_signals(starting.cancel)
-    with contextlib.suppress(asyncio.CancelledError):
-        async with _engine(artefact, settings) as engine:
-            await _warm_up(engine, chat)
-            served = Served(artefact.name, chat, engine, created)
-            server = _Server(_configure(App(Catalog([served])), settings))
-            _on_signals(server.stop)
-            host, port = listener.getsockname()[:2]
-            ready(f"http://{host}:{port}/api/v1")
-            await server.serve(sockets=[listener])
-
-
 def _on_signals(action: Callable[[], object]) -> None:
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
         loop.add_signal_handler(number, action)
 
 
-@contextlib.asynccontextmanager
-async def _engine(artefact: Artefact, settings: Settings) -> AsyncIterator[Engine]:
-    """The engine for as long as it is needed; its log is kept only if something failed."""
-    if settings.is_elsewhere:
-        async with await LlamaCpp.at(settings.engine) as engine:
-            yield engine
-        return
-    if settings.engine != "llamacpp":
-        raise PipelineError(f"engine {settings.engine!r} is unknown: give llamacpp or a URL")
-    gguf, slots = _gguf(artefact), settings.slots
-    handle, name = tempfile.mkstemp(prefix="llamacpp-", suffix=".log")
-    os.close(handle)
-    file, failed = Path(name), False
-    try:
-        async with await LlamaCpp.start(
-            gguf,
-            slots=slots,
-            context_tokens=settings.context_tokens,
-            log=file,
-            adapter=artefact.chosen.adapter,
-        ) as engine:
-            try:
-                yield engine
-            finally:
-                failed = engine.has_failed
-        if failed:
-            log.error("llama.cpp failed while it served; see %s", file)
-    except EngineError:
-        failed = True
-        raise
-    finally:
-        if not failed:
-            file.unlink()
-
-
-async def _warm_up(engine: Engine, chat: Chat) -> None:
-    """One tiny reply, so that the first client does not pay for what is done once."""
-    prompt_ids = chat.prompt_ids([{"role": "user", "content": "Hello"}], None, "direct")
-    async for _ in engine.generate(prompt_ids, Sampling(max_tokens=1)):
-        pass
-
-
-def _configure(app: App, settings: Settings) -> uvicorn.Config:
+def _configure(app: App) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         log_config=None,
@@ -170,7 +181,7 @@ def _configure(app: App, settings: Settings) -> uvicorn.Config:
         server_header=False,
         lifespan="off",
         ws="none",
-        timeout_graceful_shutdown=settings.grace_s,
+        timeout_graceful_shutdown=_DROPPED_S,
     )
 
 
@@ -182,7 +193,39 @@ class _Server(uvicorn.Server):
         """Do not."""
         yield
 
-    def stop(self) -> None:
-        """Let running replies end; the second time, drop them."""
-        self.force_exit = self.should_exit
-        self.should_exit = True
+
+class _Stop:
+    """What a signal does: nothing new begins, running replies end, then the server does."""
+
+    def __init__(self, server: _Server, catalog: Catalog, engine: Engine, grace_s: float) -> None:
+        self._server = server
+        self._catalog = catalog
+        self._engine = engine
+        self._grace_s = grace_s
+        self._again = asyncio.Event()
+        self._draining: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        """The second time, running replies are dropped."""
+        if self._draining is not None:
+            self._again.set()
+            return
+        self._catalog.is_draining = True
+        if isinstance(self._engine, Supervisor):
+            self._engine.drain()
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        """The port stays open for it, so that who asks is told to ask again elsewhere."""
+        if running := set(self._server.server_state.tasks):
+            log.info("%d requests may end first; another signal drops them", len(running))
+            ending, again = asyncio.gather(*running), asyncio.ensure_future(self._again.wait())
+            either: set[asyncio.Future[Any]] = {ending, again}
+            first = asyncio.FIRST_COMPLETED
+            await asyncio.wait(either, timeout=self._grace_s, return_when=first)
+            again.cancel()
+            if not ending.done():
+                log.warning("the replies that are still running are dropped")
+                await self._engine.close()  # each is told that its engine has gone
+                await asyncio.wait({ending}, timeout=_DROPPED_S)
+        self._server.should_exit = True

@@ -12,14 +12,16 @@ from pipeline.chat import Message, Mode
 from pipeline.errors import PipelineError
 
 
-def talk(url: str, model: str, mode: Mode, console: Console) -> None:
+def talk(url: str, key: str, model: str, mode: Mode, console: Console) -> None:
     """Read lines and stream replies until the input ends; `url` ends in /v1, as for any client."""
-    asyncio.run(_talk(url, model, mode, console))
+    asyncio.run(_talk(url, key, model, mode, console))
 
 
-async def _talk(url: str, model: str, mode: Mode, console: Console) -> None:
+async def _talk(url: str, key: str, model: str, mode: Mode, console: Console) -> None:
     history: list[Message] = []
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
+    async with aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=None), headers={"Authorization": f"Bearer {key}"}
+    ) as session:
         speaker = Speaker(session, url, model, mode)
         await speaker.check()
         while True:

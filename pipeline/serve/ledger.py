@@ -1,0 +1,143 @@
+"""The ledger: one row for each generation, committed before its reply ends."""
+
+import asyncio
+import queue
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from sqlalchemy import Engine, insert, select
+from sqlalchemy.exc import IntegrityError
+
+from pipeline.errors import BooksError
+from pipeline.serve import tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What one request asked for and got; never a word of it."""
+
+    id: str
+    key_id: int | None
+    """None where the server asks for no key."""
+    model: str
+    """The slug that answered."""
+    artefact_hash: str | None
+    """sha256 of the weights that answered, where they lie here."""
+    engine: str
+    created_ms: int
+    """Since the epoch."""
+    streamed: bool
+    prompt_tokens: int
+    completion_tokens: int
+    """Reasoning included."""
+    reasoning_tokens: int
+    cached_tokens: int
+    """Of the prompt's."""
+    finish_reason: str | None
+    native_finish_reason: str | None
+    latency_ms: int
+    """From the request to the end of the reply."""
+    first_token_ms: int | None
+    """From the request to the first token; None if none came."""
+    generation_ms: int | None
+    """From the first token to the last."""
+    cancelled: bool = False
+    """The client hung up."""
+    error_type: str | None = None
+    ignored: tuple[str, ...] = ()
+    """Parameters that were asked for and not honoured."""
+    http_referer: str | None = None
+    app_title: str | None = None
+    external_user: str | None = None
+    """The request's `user`."""
+    session_id: str | None = None
+    cost_picodollars: int = 0
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A row on its way, and who waits for it."""
+
+    generation: Generation
+    written: "Future[None]"
+
+
+class Ledger:
+    """The generations in the books; a thread of its own writes what has gathered as one commit."""
+
+    def __init__(self, books: Engine):
+        self._books = books
+        self._entries: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write_all, name="ledger", daemon=True)
+        self._writer.start()
+        self._is_closed = False
+
+    async def record(self, generation: Generation) -> None:
+        """Return once the row is on the disk; BooksError if it cannot be written.
+
+        It is written all the same when the caller is cancelled meanwhile.
+        """
+        if self._is_closed:
+            raise BooksError(f"{generation.id} came after the ledger was closed")
+        entry = _Entry(generation, Future())
+        self._entries.put(entry)
+        await asyncio.wrap_future(entry.written)
+
+    async def find(self, generation_id: str) -> Generation | None:
+        """The row of that id, whosever it is."""
+        return await asyncio.to_thread(self._find, generation_id)
+
+    def close(self) -> None:
+        """Write what is on its way and stop."""
+        self._is_closed = True
+        self._entries.put(None)
+        self._writer.join()
+
+    def _find(self, generation_id: str) -> Generation | None:
+        with self._books.connect() as connection:
+            found = select(tables.generations).where(tables.generations.c.id == generation_id)
+            row = connection.execute(found).mappings().first()
+        return Generation(**{**row, "ignored": tuple(row["ignored"])}) if row else None
+
+    def _write_all(self) -> None:
+        while True:
+            gathered = [self._entries.get()]
+            while not self._entries.empty():
+                gathered.append(self._entries.get())
+            entries = [entry for entry in gathered if entry]
+            if entries:
+                self._write(entries)
+            if None in gathered:
+                return
+
+    def _write(self, entries: Sequence[_Entry]) -> None:
+        """Commit all together; where one row is not fit to be written, each by itself."""
+        try:
+            with self._books.begin() as connection:
+                rows = [vars(entry.generation) for entry in entries]
+                connection.execute(insert(tables.generations), rows)
+        except IntegrityError as error:
+            if len(entries) == 1:
+                _tell(entries, error)
+            else:
+                for entry in entries:
+                    self._write([entry])
+        except Exception as error:  # noqa: BLE001 - the thread lives on, and who waits is told
+            _tell(entries, error)
+        else:
+            _tell(entries)
+
+
+def _tell(entries: Sequence[_Entry], error: Exception | None = None) -> None:
+    for entry in entries:
+        if not entry.written.set_running_or_notify_cancel():
+            continue  # nobody waits for it any more
+        if error is None:
+            entry.written.set_result(None)
+        else:
+            reason = getattr(error, "orig", None) or error  # SQLAlchemy's own text quotes the row
+            failure = BooksError(f"{entry.generation.id} was not written to the books: {reason}")
+            failure.__cause__ = error
+            entry.written.set_exception(failure)

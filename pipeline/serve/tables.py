@@ -1,0 +1,64 @@
+"""The tables of the books: who may ask, and what was answered."""
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
+
+# Constraints get names by rule, so that a later revision can drop them on every database.
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_name)s",
+    }
+)
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("hash", String(64), nullable=False, unique=True),
+    Column("label", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("created_ms", BigInteger, nullable=False),
+    Column("disabled", Boolean, nullable=False),
+)
+
+generations = Table(
+    "generations",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("key_id", ForeignKey("keys.id")),
+    Column("model", Text, nullable=False),
+    Column("artefact_hash", Text),
+    Column("engine", Text, nullable=False),
+    Column("created_ms", BigInteger, nullable=False),
+    Column("streamed", Boolean, nullable=False),
+    Column("prompt_tokens", Integer, nullable=False),
+    Column("completion_tokens", Integer, nullable=False),
+    Column("reasoning_tokens", Integer, nullable=False),
+    Column("cached_tokens", Integer, nullable=False),
+    Column("finish_reason", Text),
+    Column("native_finish_reason", Text),
+    Column("latency_ms", Integer, nullable=False),
+    Column("first_token_ms", Integer),
+    Column("generation_ms", Integer),
+    Column("cancelled", Boolean, nullable=False),
+    Column("error_type", Text),
+    Column("ignored", JSON, nullable=False),
+    Column("http_referer", Text),
+    Column("app_title", Text),
+    Column("external_user", Text),
+    Column("session_id", Text),
+    Column("cost_picodollars", BigInteger, nullable=False),
+)

@@ -1,0 +1,36 @@
+"""Books and rows for tests."""
+
+from typing import Any
+
+from pipeline.serve.ledger import Generation
+
+
+def generation(number: int = 0, **changed: Any) -> Generation:
+    """A finished generation with every field set."""
+    fields: dict[str, Any] = {
+        "id": f"gen-1767225600-{number:020}",
+        "key_id": None,
+        "model": "local/golden",
+        "artefact_hash": "ab" * 32,
+        "engine": "llamacpp",
+        "created_ms": 1767225600123,
+        "streamed": True,
+        "prompt_tokens": 24,
+        "completion_tokens": 90,
+        "reasoning_tokens": 60,
+        "cached_tokens": 16,
+        "finish_reason": "stop",
+        "native_finish_reason": "eos",
+        "latency_ms": 1000,
+        "first_token_ms": 100,
+        "generation_ms": 900,
+        "cancelled": True,
+        "error_type": "provider_unavailable",
+        "ignored": ("verbosity", "top_a"),
+        "http_referer": "https://example.org",
+        "app_title": "An app",
+        "external_user": "somebody",
+        "session_id": "a session",
+        "cost_picodollars": 5_000_000_000_000,
+    }
+    return Generation(**(fields | changed))
