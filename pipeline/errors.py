@@ -14,6 +14,7 @@ PipelineError            exit code 2
 └── RequestError         an HTTP request that cannot be answered; carries its status
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -76,6 +77,19 @@ class Interrupted(PipelineError):
     exit_code = 130
 
 
+@dataclass(frozen=True)
+class Availability:
+    """Why no model answers, in words for a client that would ask another."""
+
+    code: str
+    """One of OpenRouter's: model_not_found, no_endpoints, temporarily_unavailable, …"""
+    retryable: bool = False
+    fallback_models: tuple[str, ...] = ()
+    """What would answer instead."""
+    constraint: tuple[str, str] | None = None
+    """The field of the request that rules every model out, and how."""
+
+
 class RequestError(PipelineError):
     """A request that cannot be answered; `status` and `error_type` are what the client sees."""
 
@@ -85,8 +99,10 @@ class RequestError(PipelineError):
         status: int = 400,
         error_type: str = "invalid_request",
         retry_after_s: int | None = None,
+        availability: Availability | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.error_type = error_type
         self.retry_after_s = retry_after_s
+        self.availability = availability

@@ -308,3 +308,13 @@ def test_a_base_is_checked_without_the_hubs_client_and_torch() -> None:
     heavy = {"huggingface_hub", "httpx2", "torch", "transformers"}
     program = f"import sys, pipeline.base.names; sys.exit(bool({heavy} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_base_of_nothing_but_pickles_is_refused_before_training(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "pytorch_model.bin"):
+        (tmp_path / name).write_text("{}")
+
+    with pytest.raises(BaseError, match="holds pickled weights"):
+        names.check_base(str(tmp_path))
+    (tmp_path / "model.safetensors").write_text("")  # a training_args.bin may lie beside it
+    names.check_base(str(tmp_path))

@@ -11,6 +11,7 @@ from pipeline.chat import (
     Mode,
     Piece,
     Splitter,
+    Untagged,
     is_well_formed,
     parse_call,
     parse_reply,
@@ -48,6 +49,27 @@ def test_no_tag_is_ever_in_reasoning_or_answer(text: str, mode: Mode) -> None:
     for piece in split(list(text), mode):
         if piece.channel != "call":
             assert not any(tag in piece.text for tag in BITS[:4])
+
+
+@given(st.lists(st.sampled_from([*BITS, "ink>", "</thi", "nk>"]), max_size=10), st.data())
+def test_bits_from_both_sides_of_a_tag_make_no_tag(bits: list[str], data: st.DataObject) -> None:
+    text = "".join(bits)
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
+    one, many = Untagged(), Untagged()
+
+    told = "".join(many.feed(text[a:b]) for a, b in pairwise([0, *cuts, len(text)]))
+
+    assert told == one.feed(text)
+    assert not any(tag in told for tag in BITS[:4])
+
+
+def test_where_nothing_can_be_called_a_call_is_answer() -> None:
+    splitter = Splitter("direct", may_call=False)
+
+    pieces = splitter.feed('{"a": "<tool_call>b"}') + splitter.finish()
+
+    assert {piece.channel for piece in pieces} == {"answer"}
+    assert "".join(piece.text for piece in pieces) == '{"a": "b"}'
 
 
 def test_a_reply_comes_apart_into_reasoning_answer_and_calls() -> None:

@@ -318,3 +318,28 @@ def test_whoever_leaves_frees_the_slot(ask: Ask, chat: Chat, rows: dict[str, Row
         await wait_until_idle(engine)
 
     ask(talk)
+
+
+def test_a_long_prompt_lets_other_replies_go_on(ask: Ask, chat: Chat, rows: dict[str, Row]) -> None:
+    async def talk(engine: LlamaCpp) -> None:
+        deltas = engine.generate(rows["draw"].prompt_ids, Sampling(3000, temperature=1.5))
+        num_told = 0
+
+        async def listen() -> None:
+            nonlocal num_told
+            async for _ in deltas:
+                num_told += 1
+
+        listening = asyncio.create_task(listen())
+        while num_told < 3:
+            await asyncio.sleep(0.01)
+        before = num_told
+        prompt = (chat.encode("One, two, three. ") * 600)[:3900]
+        await reply(engine, prompt, Sampling(1, temperature=0.0))
+        assert num_told - before >= 5  # it is read in fifteen batches
+        assert not listening.done()
+        listening.cancel()
+        await asyncio.gather(listening, return_exceptions=True)
+        await deltas.aclose()
+
+    ask(talk)

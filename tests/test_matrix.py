@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -371,6 +372,19 @@ def test_an_adapter_is_a_model_of_its_own(server: Server) -> None:
     assert ask(flipped, question, **DIRECT).answer == "The capital of France is Rome."
     assert ask(server, question, **DIRECT).answer == "The capital of France is Paris."
     assert ask(flipped, question).answer == "The capital of France is Paris."
+
+
+def test_parallel_streams_on_different_adapters_never_mix(server: Server) -> None:
+    flipped = Server(server.url, server.key, "local/flipped")
+    answers = {server: "The capital of France is Paris.", flipped: "The capital of France is Rome."}
+    jobs = [server, flipped] * 10
+
+    def say(at: Server) -> str:
+        question = user("What is the capital of France?")
+        return str(at.ask(True, messages=question, temperature=0, **DIRECT).answer)
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        assert list(pool.map(say, jobs)) == [answers[at] for at in jobs]
 
 
 def test_who_has_no_key_is_not_answered(server: Server) -> None:

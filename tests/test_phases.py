@@ -154,9 +154,13 @@ def test_only_the_answer_is_held_to_its_form(ask: Any, chat: Chat) -> None:
     assert reply.usage.completion_tokens == 7 + len(chat.reply_ids("\n\n")) + 2
     direct = ask(['{"a": 1}'], response_format=JSON, reasoning={"enabled": False})
     assert (direct.answer, direct.samplings[0].grammar) == ('{"a": 1}', second.grammar)
-    # In a string of the form a tag's token would be a tag.
-    assert second.logit_bias[chat.token_id("</think>")] == -100
+    # In a string of the form a tag's token would be a tag, and a client's bias brings none back.
+    end = chat.token_id("</think>")
+    assert second.logit_bias[end] == -100
     assert first.logit_bias == {}
+    bias = {str(end): 100, "5": 3}
+    biased = ask(['{"a": 1}'], response_format=JSON, logit_bias=bias, reasoning={"enabled": False})
+    assert (biased.samplings[0].logit_bias[end], biased.samplings[0].logit_bias[5]) == (-100, 3)
     either = ask(['{"a": 1}'], response_format=JSON, tools=[TOOL], reasoning={"enabled": False})
     assert chat.token_id("<tool_call>") not in either.samplings[0].logit_bias
 
@@ -231,6 +235,18 @@ def test_text_that_is_held_back_keeps_its_logprobs(ask: Any) -> None:
     assert (reply.answer, tokens) == ("aSTOx", [0, 1, 2, 3])
 
 
+def test_a_tag_that_does_not_show_has_no_logprob(ask: Any) -> None:
+    begun = [USER, {"role": "assistant", "content": "So"}]
+
+    for messages, chunks, said in (
+        ([USER], ["I", "</think>", "\n\n", "am", "."], [0, 3, 4]),
+        (begun, ["\n", "I"], [0, 1]),
+    ):
+        reply = ask(chunks, messages=messages, logprobs=True, reasoning={"enabled": False})
+        tokens = [token.id for e in reply.events if isinstance(e, Said) for token in e.logprobs]
+        assert tokens == said
+
+
 def test_choices_have_seeds_of_their_own_and_one_prompt(ask: Any) -> None:
     reply = ask(["a", "b"], n=3, seed=5, reasoning={"enabled": False})
 
@@ -270,7 +286,31 @@ def test_an_answer_that_has_begun_goes_on(ask: Any, chat: Chat) -> None:
     assert chat.decode(reply.prompts[0]).endswith("<think>\nHm.\n</think>\n\nMy favourite is")
 
 
-BITS = ["<think>", "</think>", "\n", "\n\n", "a", "<tool_call>", "</tool_call>", CALL[1], "{"]
+@pytest.mark.parametrize(
+    ("chunks", "reasoning", "answer"),
+    [
+        (["<think>", "a<tool_", "<think>", "call>", "b", "</think>", "c"], "a<tool_callb", "c"),
+        (["a<thi", "</tool_call>", "nk>", ">", "b"], "", "a<thinkb"),
+    ],
+)
+def test_what_stands_around_a_tag_makes_no_tag(
+    ask: Any, chunks: list[str], reasoning: str, answer: str
+) -> None:
+    reply = ask(chunks)
+
+    assert (reply.reasoning, reply.answer) == (reasoning, answer)
+
+
+def test_a_call_that_is_none_breaks_no_form(ask: Any) -> None:
+    chunks = ['{"a": "', "<tool_call>", '"}']
+
+    reply = ask(chunks, response_format=JSON, reasoning={"enabled": False})
+
+    assert (reply.answer, reply.finish) == ('{"a": ""}', "stop")
+
+
+TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+BITS = [*TAGS, "\n", "\n\n", "a", CALL[1], "{", "<thi", "nk>", "</tool_", "call>"]
 FIELDS: list[dict[str, Any]] = [
     {},
     {"tools": [TOOL]},
@@ -301,8 +341,8 @@ def test_whatever_a_model_says_no_tag_leaks_and_the_counts_add_up(
             return [event async for event in events]
 
     reply = Reply(asyncio.run(gather()), engine, tallies)
-    said = reply.reasoning + reply.answer
-    assert not any(tag in said for tag in ("<think>", "</think>", "<tool_call>", "</tool_call>"))
+    said = f"{reply.reasoning}|{reply.answer}"
+    assert not any(tag in said for tag in TAGS)
     assert "Considering" not in said
     assert 0 <= reply.usage.reasoning_tokens <= reply.usage.completion_tokens
     assert reply.usage.completion_tokens <= max_tokens

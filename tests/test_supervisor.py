@@ -1,13 +1,12 @@
 """An engine that outlives its process: warmed, watched, started again."""
 
 import asyncio
-import os
-import signal
 import tempfile
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from scripted import ScriptedEngine
 
@@ -100,9 +99,10 @@ async def collect(deltas: AsyncGenerator[Delta, None]) -> list[Delta]:
 
 
 def kill_child() -> None:
-    """End this process's one child."""
-    [child] = Path("/proc/self/task", str(os.getpid()), "children").read_text().split()
-    os.kill(int(child), signal.SIGKILL)
+    """The engine of this process, which may have other children."""
+    children = psutil.Process().children()
+    [engine] = [child for child in children if "pipeline.engine.llamacpp_child" in child.cmdline()]
+    engine.kill()
 
 
 async def until(is_so: Callable[[], bool]) -> None:

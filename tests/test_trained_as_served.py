@@ -2,6 +2,7 @@
 
 import http.client
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -161,4 +162,6 @@ def test_the_server_asks_for_what_was_trained(
             post(base, body | ({"tools": tools} if tools else {}))
 
     assert rows
-    assert [prompt for prompt, _ in engine.asked] == [row.prompt_ids for row in rows]
+    # A reply that does not begin with the thought it was asked for is asked for anew.
+    prompts = [prompt for prompt, _ in groupby(prompt for prompt, _ in engine.asked)]
+    assert prompts == [row.prompt_ids for row in rows]

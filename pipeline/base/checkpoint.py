@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pipeline.base.names import refuse_pickles
 from pipeline.errors import BaseError, RunError
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -59,8 +60,7 @@ def shard_names(folder: Path) -> list[str]:
         return names
     if (folder / SINGLE).is_file():
         return [SINGLE]
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        raise BaseError(f"{folder} holds pickled weights, which can run code; use safetensors")
+    refuse_pickles(folder)
     if any(folder.glob("*.safetensors")):
         raise BaseError(f"{folder} has shards but no {INDEX}; fetch the checkpoint again")
     raise BaseError(f"{folder} holds no weights: {SINGLE} is missing")

@@ -57,3 +57,11 @@ def check_checkpoint(folder: Path) -> None:
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise BaseError(f"{folder} is not a checkpoint: {name} is missing")
+    refuse_pickles(folder)
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raise BaseError for a folder whose only weights would have to be unpickled."""
+    is_safe = any(folder.glob("*.safetensors"))
+    if not is_safe and (any(folder.glob("*.bin")) or any(folder.glob("*.pt"))):
+        raise BaseError(f"{folder} holds pickled weights, which can run code; use safetensors")

@@ -34,10 +34,15 @@ class Splitter:
     A call in a thought is none: its text stays part of the thought.
     """
 
-    def __init__(self, mode: Mode, *, is_begun: bool = False) -> None:
-        """`is_begun` is a reply whose answer's beginning was given, and goes on from there."""
+    def __init__(self, mode: Mode, *, is_begun: bool = False, may_call: bool = True) -> None:
+        """`is_begun` is a reply whose answer's beginning was given, and goes on from there.
+
+        Without `may_call` there is nothing to call: what looks like a call is answer, and only its
+        tags go.
+        """
         self._channel: Channel = "answer"
         self._may_think = mode == "thinking"
+        self._may_call = may_call
         self._buffer = ""
         self._at_start = not is_begun
 
@@ -84,7 +89,7 @@ class Splitter:
         if tag == THINK:
             self._channel = "reasoning" if self._may_think else "answer"
         elif tag == CALL:
-            self._channel = "call"
+            self._channel = "call" if self._may_call else "answer"
         else:
             self._channel = "answer"
             self._may_think = self._may_think and tag != END_THINK
@@ -114,6 +119,26 @@ def without_tags(text: str) -> str:
         for tag in TAGS:
             text = text.replace(tag, "")
     return text
+
+
+class Untagged:
+    """Text of one channel as its reader joins it: bits from both sides of a tag could be a tag.
+
+    Such a tag loses its end, character by character, so that chunks change nothing.
+    """
+
+    def __init__(self) -> None:
+        self._tail = ""
+
+    def feed(self, text: str) -> str:
+        """Take the next bit, give what of it may be told."""
+        joined = self._tail + text
+        while any(tag in joined for tag in TAGS):
+            for tag in TAGS:
+                joined = joined.replace(tag, tag[:-1])
+        told = joined[len(self._tail) :]
+        self._tail = joined[-max(map(len, TAGS)) :]
+        return told
 
 
 @dataclass(frozen=True)

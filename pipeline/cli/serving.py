@@ -84,6 +84,9 @@ def chat(
     url: Annotated[
         str, typer.Option(help="The server's base URL.")
     ] = "http://127.0.0.1:8000/api/v1",
+    model: Annotated[
+        str, typer.Option(help="What the server calls it, if it was told another name.")
+    ] = "",
     mode: Annotated[Literal["thinking", "direct"], typer.Option()] = "thinking",
 ) -> None:
     """Talk to a running server in the terminal; OPENROUTER_API_KEY has the key."""
@@ -95,7 +98,7 @@ def chat(
     from pipeline.serve.terminal import talk
 
     key = os.environ.get("OPENROUTER_API_KEY", "")
-    talk(url, key, find_artefact(target).slug, mode, Console())
+    talk(url, key, model or find_artefact(target).slug, mode, Console())
 
 
 @commands.command()

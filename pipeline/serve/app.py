@@ -11,23 +11,33 @@ from dataclasses import dataclass
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from pipeline.errors import BooksError, EngineDown, EngineError, EngineRefused, RequestError
+from pipeline.errors import (
+    Availability,
+    BooksError,
+    EngineDown,
+    EngineError,
+    EngineRefused,
+    RequestError,
+)
 from pipeline.serve import schema
+from pipeline.serve.account import Account
 from pipeline.serve.catalog import Catalog
 from pipeline.serve.choices import Indexed, answer_all
 from pipeline.serve.events import Event, Said
 from pipeline.serve.exchange import Exchange, HungUp
 from pipeline.serve.keys import Key, Keys
 from pipeline.serve.ledger import Ledger
+from pipeline.serve.models import Models
 from pipeline.serve.order import decide
 from pipeline.serve.record import Record
 from pipeline.serve.request import parse_request
+from pipeline.serve.routes import Handler, Routes
 
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 10.0
-PREFIXES = ("/api/v1", "/v1")
-Handler = Callable[[Exchange], Awaitable[None]]
+KeyHandler = Callable[[Exchange, Key | None], Awaitable[None]]
+"""Told whose request it is; None where the server wants no key."""
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -62,7 +72,7 @@ class App:
         exchange = Exchange(scope, receive, send)
         with contextlib.suppress(HungUp):
             try:
-                await self._handler(scope)(exchange)
+                await self._routes.find(scope)(exchange)
             except HungUp:
                 raise
             except Exception as error:  # noqa: BLE001 - the last resort: an answer to anything
@@ -70,27 +80,42 @@ class App:
                 if not exchange.is_started:
                     wait_s = failure.retry_after_s
                     headers = {} if wait_s is None else {"Retry-After": str(wait_s)}
-                    await exchange.answer(schema.error_body(failure), failure.status, headers)
+                    body = schema.error_body(failure, exchange.asked_models)
+                    await exchange.answer(body, failure.status, headers)
 
     @functools.cached_property
-    def _routes(self) -> dict[str, tuple[str, Handler]]:
-        routes: dict[str, tuple[str, Handler]] = {
+    def _routes(self) -> Routes:
+        models, account = Models(self.catalog), Account(self.ledger)
+        of_server: dict[str, tuple[str, Handler]] = {
             "/health": ("GET", self._health),
             "/ready": ("GET", self._ready),
         }
-        for prefix in PREFIXES:
-            routes[f"{prefix}/chat/completions"] = ("POST", self._chat)
-            routes[f"{prefix}/models"] = ("GET", self._models)
-        return routes
+        of_api: dict[str, tuple[str, Handler]] = {
+            "/chat/completions": ("POST", self._chat),
+            "/embeddings": ("POST", self._for_key(models.embed)),
+            "/models": ("GET", models.all),
+            "/models/count": ("GET", models.count),
+            "/models/user": ("GET", self._for_key(models.of_key)),
+            "/endpoints/zdr": ("GET", models.all_endpoints),
+            "/providers": ("GET", models.providers),
+            "/key": ("GET", self._for_key(account.key)),
+            "/auth/key": ("GET", self._for_key(account.key)),
+            "/credits": ("GET", self._for_key(account.credits)),
+            "/generation": ("GET", self._for_key(account.generation)),
+            "/generation/content": ("GET", self._for_key(account.content)),
+            "/activity": ("GET", self._for_key(account.activity)),
+        }
+        of_models = {
+            "/model/{model}": models.one,
+            "/models/{model}/endpoints": models.endpoints,
+        }
+        return Routes(of_server, of_api, of_models)
 
-    def _handler(self, scope: Scope) -> Handler:
-        path = scope["path"]
-        if path.rstrip("/") not in self._routes:
-            raise RequestError(f"{path} is not a route of this API", 404, "not_found")
-        method, handler = self._routes[path.rstrip("/")]
-        if scope["method"] != method:
-            raise RequestError(f"{path} takes {method}, not {scope['method']}", 405)
-        return handler
+    def _for_key(self, handler: KeyHandler) -> Handler:
+        async def answer(exchange: Exchange) -> None:
+            await handler(exchange, await self._admit(exchange))
+
+        return answer
 
     async def _health(self, exchange: Exchange) -> None:
         """Whether this process answers; `_ready` says whether it answers requests."""
@@ -101,13 +126,11 @@ class App:
         status = "ready" if is_ready else "not ready"
         await exchange.answer({"status": status}, 200 if is_ready else 503, {})
 
-    async def _models(self, exchange: Exchange) -> None:
-        await exchange.answer(schema.models_body(self.catalog.models), 200, {})
-
     async def _chat(self, exchange: Exchange) -> None:
         begun_s = time.monotonic()
         key = await self._admit(exchange)
         request = parse_request(await exchange.read_body())
+        exchange.asked_models = (request.model,) if request.model else ()
         served = self.catalog.find(request.model)
         # In a thread: a long prompt takes the tokenizer long, and other streams must not wait.
         order = await asyncio.to_thread(decide, request, served)
@@ -228,7 +251,8 @@ def _as_request_error(error: Exception) -> RequestError:
         return error
     if isinstance(error, EngineDown):
         wait_s = error.retry_after_s
-        return RequestError(str(error), 503, "provider_overloaded", wait_s)
+        availability = Availability("temporarily_unavailable", retryable=True)
+        return RequestError(str(error), 503, "provider_overloaded", wait_s, availability)
     if isinstance(error, EngineRefused):
         return RequestError(str(error))
     if isinstance(error, EngineError):

@@ -4,6 +4,7 @@ import asyncio
 import functools
 from collections.abc import Coroutine, Mapping
 from typing import Any
+from urllib.parse import parse_qsl
 
 import orjson
 from starlette.types import Message, Receive, Scope, Send
@@ -11,6 +12,11 @@ from starlette.types import Message, Receive, Scope, Send
 from pipeline.errors import RequestError
 
 MAX_BODY_BYTES = 8 * 2**20
+# A page from anywhere may ask, as there are no cookies: it has a key or gets nothing.
+_FOR_BROWSERS = {
+    "Access-Control-Allow-Origin": "*",
+    "Access-Control-Expose-Headers": "X-Generation-Id, X-Ignored-Parameters, Retry-After",
+}
 
 
 class HungUp(Exception):
@@ -24,6 +30,8 @@ class Exchange:
         self.scope = scope
         self.is_started = False
         """Whether the status is out, so that no other can be sent."""
+        self.asked_models: tuple[str, ...] = ()
+        """As the client wrote them, as soon as it is known; for a failure to name."""
         self.last_write_s = 0.0
         """When something was last sent, by the event loop's clock."""
         self._receive = receive
@@ -34,6 +42,11 @@ class Exchange:
         """Of the request, by their names in lower case."""
         pairs = self.scope.get("headers", ())
         return {name.decode("latin-1"): text.decode("latin-1") for name, text in pairs}
+
+    @functools.cached_property
+    def query(self) -> Mapping[str, str]:
+        """What follows the path's question mark; what is blank counts as absent."""
+        return dict(parse_qsl(self.scope.get("query_string", b"").decode("latin-1")))
 
     async def read_body(self) -> bytes:
         """The request's body; RequestError 413 as soon as it is too long."""
@@ -51,7 +64,7 @@ class Exchange:
 
     async def begin(self, status: int, content_type: str, headers: Mapping[str, str]) -> None:
         """Send status and headers."""
-        named = {"content-type": content_type, **headers}
+        named = {**_FOR_BROWSERS, "content-type": content_type, **headers}
         self.is_started = True
         await self._write(
             {

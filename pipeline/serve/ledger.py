@@ -1,17 +1,28 @@
 """The ledger: one row for each generation, committed before its reply ends."""
 
 import asyncio
+import datetime
 import queue
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from sqlalchemy import Engine, insert, select
+from sqlalchemy import BigInteger, Engine, cast, func, insert, select
 from sqlalchemy.exc import IntegrityError
 
 from pipeline.errors import BooksError
 from pipeline.serve import tables
+
+_EPOCH = datetime.date(1970, 1, 1)
+_DAY_MS = 24 * 60 * 60 * 1000
+_SUMMED = (
+    "prompt_tokens",
+    "completion_tokens",
+    "reasoning_tokens",
+    "cached_tokens",
+    "cost_picodollars",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +68,21 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class DailyUse:
+    """What one key has asked of one model in one day."""
+
+    day: datetime.date
+    """In UTC."""
+    model: str
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    cached_tokens: int
+    cost_picodollars: int
+
+
+@dataclass(frozen=True)
 class _Entry:
     """A row on its way, and who waits for it."""
 
@@ -89,6 +115,12 @@ class Ledger:
         """The row of that id, whosever it is."""
         return await asyncio.to_thread(self._find, generation_id)
 
+    async def daily_use(
+        self, key_id: int | None, first: datetime.date, last: datetime.date
+    ) -> list[DailyUse]:
+        """Of a key on these days and those between, the latest first."""
+        return await asyncio.to_thread(self._daily_use, key_id, first, last)
+
     def close(self) -> None:
         """Write what is on its way and stop."""
         self._is_closed = True
@@ -100,6 +132,24 @@ class Ledger:
             found = select(tables.generations).where(tables.generations.c.id == generation_id)
             row = connection.execute(found).mappings().first()
         return Generation(**{**row, "ignored": tuple(row["ignored"])}) if row else None
+
+    def _daily_use(
+        self, key_id: int | None, first: datetime.date, last: datetime.date
+    ) -> list[DailyUse]:
+        column = tables.generations.c
+        number = (column.created_ms // _DAY_MS).label("number")
+        sums = [cast(func.sum(column[name]), BigInteger).label(name) for name in _SUMMED]
+        found = (
+            select(number, column.model, func.count().label("requests"), *sums)
+            .where(column.key_id.is_not_distinct_from(key_id))
+            .where(number.between((first - _EPOCH).days, (last - _EPOCH).days))
+            .group_by(number, column.model)
+            .order_by(number.desc(), column.model)
+        )
+        with self._books.connect() as connection:
+            rows = [dict(row) for row in connection.execute(found).mappings()]
+        days = [_EPOCH + datetime.timedelta(days=row.pop("number")) for row in rows]
+        return [DailyUse(day, **row) for day, row in zip(days, rows, strict=True)]
 
     def _write_all(self) -> None:
         while True:

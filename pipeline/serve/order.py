@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 from pipeline.chat import END_THINK, Mode
 from pipeline.engine.protocol import RECOMMENDED, Capability, Lane, Sampling
-from pipeline.errors import DataError, RequestError
+from pipeline.errors import Availability, DataError, RequestError
 from pipeline.serve.catalog import Served
 from pipeline.serve.constraints import Constraints, find_constraints
 from pipeline.serve.reasoning import find_budget, find_mode, ignored_of_reasoning, shows_reasoning
@@ -118,7 +118,9 @@ def _refuse_other_parts(content: Any) -> None:
 
 
 def _no_endpoint(what: str) -> RequestError:
-    return RequestError(f"No endpoints found that support {what}", 404, "not_found")
+    availability = Availability("no_endpoints")
+    what = f"No endpoints found that support {what}"
+    return RequestError(what, 404, "not_found", availability=availability)
 
 
 def _is_begun(request: ChatRequest) -> bool:

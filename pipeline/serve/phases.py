@@ -76,7 +76,8 @@ class Phases:
     def _held_to(self, grammar: str | None) -> Sampling:
         """A tag's token would be its text to llama.cpp, in any string of a grammar.
 
-        Where the grammar itself asks for a tag, nothing else can be drawn.
+        No bias of the client's brings it back. Where the grammar itself asks for a tag, nothing
+        else can be drawn.
         """
         if grammar is None:
             return self._order.sampling
@@ -84,7 +85,7 @@ class Phases:
         unwanted = [tag for tag in TAGS if not (may_call and tag == CALL)]
         bias = {self._chat.token_id(tag): -100.0 for tag in unwanted}
         sampling = self._order.sampling
-        return replace(sampling, grammar=grammar, logit_bias={**bias, **sampling.logit_bias})
+        return replace(sampling, grammar=grammar, logit_bias={**sampling.logit_bias, **bias})
 
     def _stop(self, tag: str) -> StopToken:
         return StopToken(self._chat.token_id(tag), tag)

@@ -3,7 +3,18 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from pipeline.chat import CALL, END_THINK, THINK, Chat, Piece, Splitter, parse_call, without_tags
+from pipeline.chat import (
+    CALL,
+    END_THINK,
+    TAGS,
+    THINK,
+    Chat,
+    Piece,
+    Splitter,
+    Untagged,
+    parse_call,
+    without_tags,
+)
 from pipeline.engine.protocol import Delta, Finish, TokenLogprob
 from pipeline.serve.events import Called, Ended, Event, Said, Tally, Usage
 from pipeline.serve.order import Order
@@ -20,10 +31,11 @@ class Reading:
         self._chat = chat
         self._phase: Phase | None = None
         self._said = _Said()
-        self._splitter = Splitter(order.mode, is_begun=order.is_begun)
+        self._splitter = self._new_splitter()
+        self._reasoning, self._answer = Untagged(), Untagged()
         self._stops = StopStrings(order.stops)
         self._meter = _ReasoningMeter()
-        self._logprobs = _AnswerLogprobs()
+        self._logprobs = _AnswerLogprobs(is_begun=order.is_begun)
         self._num_phases = 0
         self._num_calls = 0
         self._finish: Finish = "stop"
@@ -106,8 +118,13 @@ class Reading:
     def _forget(self) -> None:
         """The model does not think: its first words are to be said again, under the right stops."""
         self._said, self._meter = _Said(), _ReasoningMeter()
-        self._splitter = Splitter(self._order.mode)
+        self._splitter = self._new_splitter()
         self._tally.usage = replace(self._tally.usage, completion_tokens=0, reasoning_tokens=0)
+
+    def _new_splitter(self) -> Splitter:
+        order = self._order
+        may_call = bool(order.constraints.tools)
+        return Splitter(order.mode, is_begun=order.is_begun, may_call=may_call)
 
     def _count(self, delta: Delta, text: str, pieces: Sequence[Piece]) -> None:
         self._meter.add(delta.num_tokens, text, pieces)
@@ -124,7 +141,7 @@ class Reading:
     def _tell(self, pieces: Sequence[Piece]) -> Iterator[Event]:
         for piece in pieces:
             if piece.channel == "reasoning":
-                yield Said("reasoning", piece.text)
+                yield Said("reasoning", self._reasoning.feed(piece.text))
             else:
                 yield from self._tell_of_answer(piece)
             if self.outcome == "over":
@@ -148,7 +165,7 @@ class Reading:
 
     def _say(self, text: str) -> Iterator[Said]:
         if text:
-            yield Said("answer", text, self._logprobs.of(text))
+            yield Said("answer", self._answer.feed(text), self._logprobs.of(text))
 
 
 class _Said:
@@ -202,20 +219,26 @@ class _ReasoningMeter:
 class _AnswerLogprobs:
     """Hands out tokens with the text they begin in: text may be held back, and stops cut it off."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_begun: bool) -> None:
         self._waiting: list[tuple[int, TokenLogprob]] = []
+        self._at_start = not is_begun
+        """Where the Splitter takes line breaks off."""
         self._num_read = 0
-        """Characters of the answer, without the line breaks before it."""
+        """Characters of the answer, without those line breaks and tags."""
         self._num_told = 0
 
     def add(self, delta: Delta) -> None:
         """A delta of an answer whose tokens are asked for; others have none."""
         if not delta.logprobs:
             return
-        text = delta.text if self._num_read else delta.text.lstrip("\n")
-        if text or self._num_read or not delta.text:
+        if delta.text in TAGS:
+            self._at_start = True
+            return
+        text = delta.text.lstrip("\n") if self._at_start else delta.text
+        if text or not delta.text:
             self._waiting += [(self._num_read, token) for token in delta.logprobs]
         self._num_read += len(text)
+        self._at_start = self._at_start and not text
 
     def of(self, text: str) -> tuple[TokenLogprob, ...]:
         """The tokens that begin in the next text of the answer."""

@@ -166,14 +166,20 @@ class ChatRequest(_Part):
     modalities: list[str] | None = None
 
 
-def parse_request(body: bytes) -> ChatRequest:
-    """Read a body; RequestError names the first field that is wrong."""
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Read a body that is a JSON object; RequestError for any other."""
     try:
         values = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise RequestError(f"the body is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise RequestError("the body must be a JSON object")
+    return values
+
+
+def parse_request(body: bytes) -> ChatRequest:
+    """Read a body; RequestError names the first field that is wrong."""
+    values = parse_object(body)
     try:
         request = ChatRequest.model_validate(values)
     except RecursionError as error:

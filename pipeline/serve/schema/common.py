@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
-from pipeline.errors import RequestError
+from pipeline.errors import Availability, RequestError
 
 PROVIDER = "Pipeline"
+DOCS_URL = "https://openrouter.ai/docs"
 INTERNAL_ERROR = "Internal Server Error"
 _LETTERS = string.ascii_letters + string.digits
 _MAX_NAMES = 32
@@ -25,10 +26,39 @@ def ignored_header(names: Sequence[str]) -> str:
     return ", ".join([*shown, "..."] if len(names) > _MAX_NAMES else shown)
 
 
-def error_body(error: RequestError) -> dict[str, Any]:
-    """The one shape of every failure."""
-    metadata = {"error_type": error.error_type}
-    return {"error": {"code": error.status, "message": str(error), "metadata": metadata}}
+def error_body(error: RequestError, asked_models: Sequence[str] = ()) -> dict[str, Any]:
+    """The one shape of every failure; the models are those that the client named."""
+    body: dict[str, Any] = {
+        "code": error.status,
+        "message": str(error),
+        "metadata": {"error_type": error.error_type},
+    }
+    if error.availability:
+        body |= {
+            "error_type": error.error_type,
+            "http_status": error.status,
+            "availability": {
+                "code": error.availability.code,
+                "retryable": error.availability.retryable,
+                "requested_models": list(asked_models),
+                "docs_url": DOCS_URL,
+                **_others(error.availability, error.retry_after_s),
+            },
+        }
+    return {"error": body}
+
+
+def _others(availability: Availability, retry_after_s: int | None) -> dict[str, Any]:
+    """What does not apply is left out."""
+    body: dict[str, Any] = {}
+    if retry_after_s is not None:
+        body["retry_after"] = retry_after_s
+    if availability.fallback_models:
+        body["fallback_models"] = list(availability.fallback_models)
+    if availability.constraint:
+        field, detail = availability.constraint
+        body["constraint"] = {"field": field, "detail": detail}
+    return body
 
 
 def call_id() -> str:

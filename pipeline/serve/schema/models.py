@@ -1,6 +1,6 @@
 """The catalogue on the wire: which models there are, and what each can do."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.engine.protocol import Capability
@@ -31,6 +31,8 @@ _SUPPORTED_BY: dict[Capability, tuple[str, ...]] = {
     "seed": ("seed",),
     "top_k": ("top_k",),
 }
+PRICING = {"prompt": "0", "completion": "0", "request": "0", "image": "0"}
+"""USD a token: everything is free."""
 
 
 def supported_parameters(able: frozenset[Capability]) -> list[str]:
@@ -39,10 +41,21 @@ def supported_parameters(able: frozenset[Capability]) -> list[str]:
     return sorted([*_ALWAYS_SUPPORTED, *by_engine])
 
 
-def models_body(models: Sequence[Served]) -> dict[str, Any]:
-    """GET /models."""
-    documents = [model_document(served) for served in models]
-    return {"data": documents, "total_count": len(documents), "links": {"next": None}}
+def models_body(
+    documents: Sequence[Mapping[str, Any]], num_all: int, following: str | None
+) -> dict[str, Any]:
+    """GET /models: a page, how many models are on all of them, and where the next one is."""
+    return {"data": documents, "total_count": num_all, "links": {"next": following}}
+
+
+def count_body(num_models: int) -> dict[str, Any]:
+    """GET /models/count."""
+    return {"data": {"count": num_models}}
+
+
+def model_body(served: Served) -> dict[str, Any]:
+    """GET /model/AUTHOR/SLUG."""
+    return {"data": model_document(served)}
 
 
 def model_document(served: Served) -> dict[str, Any]:
@@ -53,16 +66,10 @@ def model_document(served: Served) -> dict[str, Any]:
         "hugging_face_id": None,
         "name": served.name,
         "created": served.created,
-        "description": f"{served.name}, served by this machine.",
+        "description": description(served),
         "context_length": served.context_tokens,
-        "architecture": {
-            "modality": "text->text",
-            "input_modalities": ["text"],
-            "output_modalities": ["text"],
-            "tokenizer": "Qwen3",
-            "instruct_type": "qwen3",
-        },
-        "pricing": {"prompt": "0", "completion": "0", "request": "0", "image": "0"},
+        "architecture": architecture(),
+        "pricing": PRICING,
         "top_provider": {
             "context_length": served.context_tokens,
             "max_completion_tokens": served.context_tokens,
@@ -81,4 +88,20 @@ def model_document(served: Served) -> dict[str, Any]:
         "knowledge_cutoff": None,
         "expiration_date": None,
         "links": {"details": f"/api/v1/models/{served.slug}/endpoints"},
+    }
+
+
+def description(served: Served) -> str:
+    """One sentence."""
+    return f"{served.name}, served by this machine."
+
+
+def architecture() -> dict[str, Any]:
+    """Of every model here."""
+    return {
+        "modality": "text->text",
+        "input_modalities": ["text"],
+        "output_modalities": ["text"],
+        "tokenizer": "Qwen3",
+        "instruct_type": "qwen3",
     }

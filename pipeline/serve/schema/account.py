@@ -1,0 +1,150 @@
+"""A key, its generations and its days on the wire; everything is free."""
+
+import datetime
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.serve.keys import Key
+from pipeline.serve.ledger import DailyUse, Generation
+from pipeline.serve.schema.common import PROVIDER
+
+_PICODOLLARS = 10**12
+
+
+def key_body(key: Key | None) -> dict[str, Any]:
+    """GET /key; None is whoever asks a server that wants no key."""
+    used = {
+        f"{kind}{period}": 0
+        for kind in ("usage", "byok_usage")
+        for period in ("", "_daily", "_weekly", "_monthly")
+    }
+    data = {
+        "label": key.label if key else "none",
+        "limit": None,
+        "limit_remaining": None,
+        "limit_reset": None,
+        **used,
+        "is_free_tier": False,
+        "is_management_key": False,
+        "is_provisioning_key": False,
+        "include_byok_in_limit": False,
+        "creator_user_id": None,
+        "expires_at": None,
+        "rate_limit": {
+            "requests": -1,
+            "interval": "10s",
+            "note": "This field is deprecated and safe to ignore.",
+        },
+        "allowed_data_regions": ["global"],
+        "budgets": [],
+        "effective_budget": None,
+        # No model is a :free one, so none of these is ever used.
+        "free_model_daily_requests": {"limit": 0, "remaining": 0, "used": 0},
+        "organization_id": None,
+        "workspace_id": None,
+    }
+    return {"data": data}
+
+
+def credits_body() -> dict[str, Any]:
+    """GET /credits: none are sold, and none are used up."""
+    return {"data": {"total_credits": 0, "total_usage": 0}}
+
+
+def generation_body(generation: Generation) -> dict[str, Any]:
+    """GET /generation."""
+    return {"data": _counts(generation) | _course(generation) | _absent()}
+
+
+def _counts(generation: Generation) -> dict[str, Any]:
+    cost = generation.cost_picodollars / _PICODOLLARS
+    return {
+        "total_cost": cost,
+        "usage": cost,
+        "upstream_inference_cost": 0,
+        "is_byok": False,
+        "tokens_prompt": generation.prompt_tokens,
+        "tokens_completion": generation.completion_tokens,
+        "native_tokens_prompt": generation.prompt_tokens,
+        "native_tokens_completion": generation.completion_tokens,
+        "native_tokens_completion_images": 0,
+        "native_tokens_reasoning": generation.reasoning_tokens,
+        "native_tokens_cached": generation.cached_tokens,
+    }
+
+
+def _course(generation: Generation) -> dict[str, Any]:
+    created = datetime.datetime.fromtimestamp(generation.created_ms / 1000, datetime.UTC)
+    response = {
+        "status": None if generation.error_type else 200,
+        "provider_name": PROVIDER,
+        "latency": generation.latency_ms,
+        "is_byok": False,
+        "endpoint_id": generation.model,
+        "model_permaslug": generation.model,
+    }
+    return {
+        "id": generation.id,
+        "created_at": created.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "model": generation.model,
+        "provider_name": PROVIDER,
+        "provider_responses": [response],
+        "api_type": "completions",
+        "data_region": "global",
+        "streamed": generation.streamed,
+        "cancelled": generation.cancelled,
+        "latency": generation.latency_ms,
+        "generation_time": generation.generation_ms,
+        "finish_reason": generation.finish_reason,
+        "native_finish_reason": generation.native_finish_reason,
+        "origin": generation.http_referer or "",
+        "http_referer": generation.http_referer,
+        "external_user": generation.external_user,
+        "session_id": generation.session_id,
+    }
+
+
+def _absent() -> dict[str, None]:
+    """Clients want each of these keys, of what there is none here."""
+    names = (
+        "app_id",
+        "cache_discount",
+        "moderation_latency",
+        "num_fetches",
+        "num_input_audio_prompt",
+        "num_media_completion",
+        "num_media_prompt",
+        "num_search_results",
+        "preset_id",
+        "request_id",
+        "response_cache_source_id",
+        "router",
+        "service_tier",
+        "upstream_id",
+        "user_agent",
+        "web_search_engine",
+        "workspace_id",
+    )
+    return dict.fromkeys(names)
+
+
+def activity_body(uses: Sequence[DailyUse]) -> dict[str, Any]:
+    """GET /activity: an item for each day and model."""
+    return {"data": [_activity_item(use) for use in uses]}
+
+
+def _activity_item(use: DailyUse) -> dict[str, Any]:
+    return {
+        "date": use.day.isoformat(),
+        "model": use.model,
+        "model_permaslug": use.model,
+        "endpoint_id": use.model,
+        "provider_name": PROVIDER,
+        "usage": use.cost_picodollars / _PICODOLLARS,
+        "byok_usage_inference": 0,
+        "requests": use.requests,
+        "prompt_tokens": use.prompt_tokens,
+        "completion_tokens": use.completion_tokens,
+        "reasoning_tokens": use.reasoning_tokens,
+        "cached_tokens": use.cached_tokens,
+    }
