@@ -399,3 +399,9 @@ def test_an_idle_server_of_golden_is_small(process: Start, golden: Path) -> None
     status = Path(f"/proc/{running.pid}/status").read_text()
     [resident] = [line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")]
     assert int(resident) * 1024 < 200e6
+
+
+def test_no_response_waits_for_an_acknowledgement_of_its_headers() -> None:
+    # Where the protocol is named asyncio sets TCP_NODELAY on every connection.
+    with server._listen(Settings(port=0)) as listener:
+        assert listener.proto == socket.IPPROTO_TCP

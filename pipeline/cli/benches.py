@@ -81,7 +81,7 @@ def bench_engine(
     ] = Path("bases/demo"),
     engine: Annotated[Literal["llamacpp", "vllm"], typer.Option()] = "llamacpp",
     streams: Annotated[str, typer.Option(help="Numbers of streams at once.")] = "1,8,32",
-    tokens: Annotated[int, typer.Option(min=2, help="Of each stream.")] = 64,
+    tokens: Annotated[int, typer.Option(min=2, help="Of each stream.")] = 32,
     keep: Annotated[
         Path | None, typer.Option(help="An empty folder for what is made; else nothing stays.")
     ] = None,

@@ -26,7 +26,7 @@ app.add_typer(benches.commands, name="bench", help="Measure what the README's ta
 
 ALONE_S = 15.0  # how long a process waits for the first one to tell of a failure that is common
 # Which extra of pyproject.toml brings a missing package; all others are in "train".
-SERVE = "aiohttp alembic orjson rich sqlalchemy starlette uvicorn xllamacpp"
+SERVE = "aiohttp alembic orjson rich sqlalchemy starlette uvicorn uvloop xllamacpp"
 EXTRAS = dict.fromkeys(SERVE.split(), "serve")
 EXTRAS["openai"] = "dev"
 

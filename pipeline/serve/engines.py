@@ -1,5 +1,6 @@
 """The engine of a server: started over files and watched, or several at URLs as one."""
 
+import asyncio
 import functools
 import os
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ class Room:
 
 
 async def start_engine(
-    kind: Kind, load: Load, room: Room, chat: Chat, run: Run | None
+    kind: Kind, load: Load, room: Room, chat: asyncio.Future[Chat], run: Run | None
 ) -> Supervisor:
     """llama.cpp or vLLM over files, warmed and watched, with its logs in the run's folder."""
 
@@ -61,18 +62,18 @@ async def start_engine(
         )
 
     async def warm_up(engine: Engine) -> None:
-        await warm(engine, _hello(chat), list(load.adapters))
+        await warm(engine, _hello(await chat), list(load.adapters))
 
     logs = Logs(kind, run.folder / "logs" if run else None)
     return await Supervisor.start(f"{_NAMES[kind]} with {load.weights}", start, warm_up, logs)
 
 
-async def join_engines(urls: Sequence[str], chat: Chat) -> Pool:
+async def join_engines(urls: Sequence[str], chat: asyncio.Future[Chat]) -> Pool:
     """Engines that somebody else runs, with the API key that the environment holds."""
     key = os.environ.get(KEY_VARIABLE, "")
     pool = await Pool.at(urls, functools.partial(connect, api_key=key))
     try:
-        await warm(pool, _hello(chat))
+        await warm(pool, _hello(await chat))
     except BaseException:
         await pool.close()
         raise
