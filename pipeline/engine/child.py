@@ -42,13 +42,12 @@ class Child:
         must end when its standard input does.
         """
         _sweep(name)
-        folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
-        try:
-            owned = _own(folder)
+        with contextlib.ExitStack() as undoing:
+            folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+            undoing.callback(shutil.rmtree, folder)
+            owned = undoing.enter_context(_own(folder))
             process = await _spawn(command(_socket(folder)), log, environment or {})
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
+            undoing.pop_all()
         return cls(process, folder, log, owned)
 
     @property

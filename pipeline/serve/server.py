@@ -119,10 +119,7 @@ class _Serving:
         assert starting is not None
         _on_signals(starting.cancel)
         with contextlib.suppress(asyncio.CancelledError):
-            # Reading a tokenizer takes a second, in which the engine may load its model.
-            reading = asyncio.ensure_future(asyncio.to_thread(Chat, self.artefact.folder))
-            async with self._engine(reading) as engine:
-                chat = await reading
+            async with self._started() as (chat, engine):
                 _give_back_memory()
                 catalog = Catalog(self._served(chat, engine))
                 server = _Server(_configure(App(catalog, keys, ledger)))
@@ -133,17 +130,27 @@ class _Serving:
                 await server.serve(sockets=[listener])
 
     @contextlib.asynccontextmanager
-    async def _engine(self, chat: asyncio.Future[Chat]) -> AsyncIterator[Engine]:
-        engine: Engine
-        if self.files is None:
-            engine = await join_engines(self.chosen.urls, chat)
-        else:
-            kind, run = self.chosen.kind, self.artefact.run
-            engine = await start_engine(kind, self.files, self.settings.room, chat, run)
+    async def _started(self) -> AsyncIterator[tuple[Chat, Engine]]:
+        """Reading a tokenizer takes a second, in which the engine loads its model."""
+        reading = asyncio.ensure_future(asyncio.to_thread(Chat, self.artefact.folder))
+        starting = asyncio.create_task(self._start_engine(reading))
         try:
-            yield engine
+            chat = await reading  # a broken tokenizer is the clearer fault, so it is told first
+        except BaseException:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            raise
+        engine = await starting
+        try:
+            yield chat, engine
         finally:
             await engine.close()
+
+    async def _start_engine(self, chat: asyncio.Future[Chat]) -> Engine:
+        if self.files is None:
+            return await join_engines(self.chosen.urls, chat)
+        kind, run = self.chosen.kind, self.artefact.run
+        return await start_engine(kind, self.files, self.settings.room, chat, run)
 
     def _served(self, chat: Chat, engine: Engine) -> list[Served]:
         """What lies at the path, by itself or as its own adapter makes it; then the others."""
