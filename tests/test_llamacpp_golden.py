@@ -322,7 +322,9 @@ def test_whoever_leaves_frees_the_slot(ask: Ask, chat: Chat, rows: dict[str, Row
 
 def test_a_long_prompt_lets_other_replies_go_on(ask: Ask, chat: Chat, rows: dict[str, Row]) -> None:
     async def talk(engine: LlamaCpp) -> None:
-        deltas = engine.generate(rows["draw"].prompt_ids, Sampling(3000, temperature=1.5))
+        ends = {chat.end_of_turn_id: -100.0, chat.token_id("<|endoftext|>"): -100.0}
+        endless = Sampling(3000, temperature=1.5, logit_bias=ends)
+        deltas = engine.generate(rows["draw"].prompt_ids, endless)
         num_told = 0
 
         async def listen() -> None:
