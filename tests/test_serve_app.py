@@ -144,6 +144,14 @@ def test_a_failure_before_the_first_token_is_an_http_error(serving: Any, stream:
     assert response.json["error"]["metadata"]["error_type"] == "provider_unavailable"
 
 
+def test_a_failure_is_logged_once(serving: Any, caplog: Any) -> None:
+    for stream in (True, False):
+        with serving(ScriptedEngine(["a"], fails_at=0)) as base:
+            ask(base, stream=stream)
+
+    assert caplog.text.count("has died") == 2
+
+
 def test_a_failure_after_the_first_token_is_an_event_in_the_stream(serving: Any) -> None:
     engine = ScriptedEngine(["a", "b"], fails_at=1)
     with serving(engine) as base:

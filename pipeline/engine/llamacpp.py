@@ -7,11 +7,11 @@ import re
 import sys
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from pipeline.engine.child import Child
 from pipeline.engine.connection import Connection, message
+from pipeline.engine.hosted import Hosted
 from pipeline.engine.llamacpp_wire import Reading, completion_body, likeliest
 from pipeline.engine.protocol import PLAIN, Capability, Delta, Lane, Sampling
 from pipeline.errors import EngineError
@@ -34,7 +34,7 @@ _CAPABILITIES: frozenset[Capability] = frozenset(
 _REFUSED = re.compile(r"lora adapter: (.*)\n.*failed to load lora adapter '(.*)'")
 
 
-class LlamaCpp:
+class LlamaCpp(Hosted):
     """One model in llama.cpp's server, spoken to over its own `/completion` route.
 
     The end token is counted in `num_tokens` and `num_completion_tokens`, and is in no text.
@@ -47,8 +47,8 @@ class LlamaCpp:
 
     def __init__(self, connection: Connection, adapters: Iterable[str | None] = ()) -> None:
         """Not for callers: `start` and `at` also wait until the server answers."""
+        super().__init__(connection)
         self.context_tokens = 0
-        self.connection = connection
         self._adapters = tuple(adapters)
         """In llama.cpp's order."""
         self.capabilities = _CAPABILITIES
@@ -111,17 +111,6 @@ class LlamaCpp:
             raise
         return engine
 
-    async def __aenter__(self) -> "LlamaCpp":
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
-
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, lane: Lane = PLAIN
     ) -> AsyncGenerator[Delta, None]:
@@ -162,23 +151,9 @@ class LlamaCpp:
         except (KeyError, IndexError, TypeError) as error:
             raise EngineError("llama.cpp gave no log-probabilities") from error
 
-    @property
-    def is_gone(self) -> bool:
-        """Whether the engine was our child, and has ended."""
-        return self.connection.is_gone
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether our child has ended by itself, or a failure sent somebody to its log."""
-        return self.is_gone or self.connection.has_failed
-
     async def is_healthy(self) -> bool:
         """Whether the server answers and has its model loaded."""
         return await self.connection.answers("/health")
-
-    async def close(self) -> None:
-        """Close every connection and end the child, if there is one; twice does no harm."""
-        await self.connection.close()
 
     def body(
         self, prompt_ids: Sequence[int], sampling: Sampling, lane: Lane = PLAIN

@@ -5,11 +5,11 @@ import contextlib
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, get_args
 
 from pipeline.engine.child import Child
 from pipeline.engine.connection import Connection, message
+from pipeline.engine.hosted import Hosted
 from pipeline.engine.protocol import PLAIN, Capability, Delta, Lane, Sampling
 from pipeline.engine.vllm_events import read_delta, read_failure, read_likeliest, recount
 from pipeline.engine.vllm_launch import (
@@ -33,7 +33,7 @@ _ALL = frozenset(get_args(Capability))
 _VLLMS_OWN = {"seed", "grammar", "logprobs", "adapters", "cache_salt", "priority"}
 
 
-class Vllm:
+class Vllm(Hosted):
     """One model and its adapters in vLLM's server, continued over `/v1/completions`.
 
     Penalties for frequency and presence look at the completion, those for repetition at the prompt
@@ -45,9 +45,9 @@ class Vllm:
 
     def __init__(self, connection: Connection, model: str, ends: Sequence[int] = ()) -> None:
         """Not for callers: `start` and `at` also wait until the server answers."""
+        super().__init__(connection)
         self.context_tokens = 0
         self.capabilities: frozenset[Capability] = _ALL
-        self.connection = connection
         self._model = model
         self._ends = tuple(ends)
 
@@ -104,17 +104,6 @@ class Vllm:
             raise
         return engine
 
-    async def __aenter__(self) -> "Vllm":
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
-
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, lane: Lane = PLAIN
     ) -> AsyncGenerator[Delta, None]:
@@ -163,24 +152,10 @@ class Vllm:
         """Forget an adapter; what runs with it goes on."""
         await self.connection.tell("/v1/unload_lora_adapter", {"lora_name": name})
 
-    @property
-    def is_gone(self) -> bool:
-        """Whether the engine was our child, and has ended."""
-        return self.connection.is_gone
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether our child has ended by itself, or a failure sent somebody to its log."""
-        return self.is_gone or self.connection.has_failed
-
     async def is_healthy(self) -> bool:
         """Whether the server answers and has its model loaded."""
         is_ours = self.connection.child is not None
         return await self.connection.answers("/health" if is_ours else _MODELS)
-
-    async def close(self) -> None:
-        """Close every connection and end the child, if there is one; twice does no harm."""
-        await self.connection.close()
 
     def body(
         self, prompt_ids: Sequence[int], sampling: Sampling, lane: Lane = PLAIN

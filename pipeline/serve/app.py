@@ -141,7 +141,7 @@ class App:
             raise
         except Exception as error:
             record.error = _as_request_error(error)
-            raise
+            raise record.error from error  # so that it is told, and logged, once
         finally:
             await self._book(record)
 
