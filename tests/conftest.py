@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -33,6 +34,8 @@ from pipeline.serve.ledger import Ledger
 
 settings.register_profile("no deadline", deadline=None)  # machines are shared: no timing decides
 settings.load_profile("no deadline")
+# A shell ignores Ctrl-C for what it starts in the background, and so would every test of it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

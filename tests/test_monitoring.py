@@ -147,8 +147,6 @@ def test_ctrl_c_in_the_step_that_patience_ends_with_lets_it_end(
     fit: Fit, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or the training would go on from there, one step further than if left alone."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        pytest.skip("Ctrl-C is ignored here")
     losses = measured(whole[1])
     last = min(losses, key=lambda step: losses[step]) + 2
     step = PackTrainer.training_step
