@@ -2,10 +2,12 @@
 # make test   what a package index is enough for; make test-all: the rest too; make check: linters
 # make compressor   llm-compressor in an environment of its own, for export.compressed
 # make engine-vllm  vLLM in an environment of its own: for CUDA, or on a machine without it for CPUs
+# make clients      the official clients that tests run, in environments of their own; needs npm
 # make bench-data   time and memory of the data stage beside TRL's own preparation
 # make bench-train  tokens a second of the train stage beside stock TRL
 # make bench-merge  time, memory and disk of a merge of 16.4 GB, beside a copy (35 GB of free disk)
 # make bench-engine tokens a second through the server beside the engine alone
+# make bench-gateway  what the server costs itself, beside a bare forwarder and LiteLLM's proxy
 # make all RECIPE=recipes/NAME.yaml   the chain of stages; each stage is a target of its own too
 
 RECIPE ?= recipes/demo.yaml
@@ -16,6 +18,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 COMPRESSOR_PIP := .venv-compressor/bin/python -m pip
 VLLM_PIP := .venv-vllm/bin/python -m pip
+CLIENTS := .venv-clients/ready .venv-clients-old/ready tests/clients/node_modules/ready
 PIPELINE := $(BIN)/python -m pipeline
 # Without what torch's own build brings along, which differs from machine to machine.
 FREEZE := $(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9]*$$//' | grep -v '^nvidia-\|^triton\|^cuda'
@@ -23,7 +26,7 @@ TESTS := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 QUESTION := With what request header do I opt in to response caching?
 SYSTEM := You are the support assistant for the OpenRouter chat API.
 
-.PHONY: demo all data plan train merge export certify evaluate serve compressor engine-vllm vllm-cuda vllm-cpu test test-all check bench-data bench-train bench-merge bench-engine constraints clean
+.PHONY: demo all data plan train merge export certify evaluate serve compressor engine-vllm vllm-cuda vllm-cpu clients test test-all check bench-data bench-train bench-merge bench-engine bench-gateway constraints clean
 
 demo: .venv/ready bases/demo/base.json
 	$(PIPELINE) check recipes/demo.yaml
@@ -104,12 +107,22 @@ vllm-cpu:
 	  > "$$packages/vllm-0.32.0.dist-info/METADATA"
 	echo cpu > .venv-vllm/ready
 
-test: .venv/ready
-	$(TESTS) -m "not node and not compressor and not vllm"
-	@echo "left out (deselected above): tests marked node, which need npm, compressor and vllm, which"
-	@echo "need environments of their own; make test-all runs them"
+# Official clients, for their tests; LangChain wants the older line of OpenRouter's own.
+clients: $(CLIENTS)
+.venv-clients/ready .venv-clients-old/ready: .venv-%/ready: tests/clients/requirements-%.txt
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --disable-pip-version-check -r $<
+	@touch $@
+tests/clients/node_modules/ready: tests/clients/package-lock.json
+	npm ci --prefix tests/clients --ignore-scripts --no-audit --no-fund
+	@touch $@
 
-test-all: .venv/ready .venv-compressor/ready .venv-vllm/ready
+test: .venv/ready
+	$(TESTS) -m "not node and not compressor and not vllm and not clients"
+	@echo "left out (deselected above): tests marked node, which need npm, compressor, vllm and clients,"
+	@echo "which need environments of their own; make test-all runs them"
+
+test-all: .venv/ready .venv-compressor/ready .venv-vllm/ready $(CLIENTS)
 	$(TESTS) --cov --cov-report term
 
 check: .venv/ready
@@ -131,6 +144,15 @@ bench-merge: .venv/ready
 
 bench-engine: bases/demo/base.json
 	$(PIPELINE) bench engine
+
+bench-gateway: bases/demo/base.json .venv-litellm/ready
+	$(PIPELINE) bench gateway
+
+# LiteLLM's proxy, for this comparison alone: it wants other versions than the server does.
+.venv-litellm/ready:
+	$(PYTHON) -m venv .venv-litellm
+	.venv-litellm/bin/python -m pip install --disable-pip-version-check 'litellm[proxy]==1.106.2'
+	@touch $@
 
 # Pins of everything, from a fresh environment; the next make takes them up.
 constraints:

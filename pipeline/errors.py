@@ -7,6 +7,7 @@ PipelineError            exit code 2
 ├── RunError             a run folder without what a stage needs
 ├── EngineError          an engine that is missing, will not start or has died
 │   ├── EngineDown       no engine is there now, but one may be soon
+│   ├── EngineTimeout    an engine that has been silent for too long
 │   └── EngineRefused    the engine will not do what it was asked, nor would another
 ├── BooksError           keys and ledger that cannot be opened, or written to
 ├── GateMissed           exit code 3: a certificate or a quality gate was missed
@@ -57,6 +58,10 @@ class EngineDown(EngineError):
         self.retry_after_s = retry_after_s
 
 
+class EngineTimeout(EngineError):
+    """An engine that has been silent for too long, in the middle of an answer or before it."""
+
+
 class EngineRefused(EngineError):
     """The engine is well and will not do what it was asked; nor would another of its kind."""
 
@@ -86,6 +91,8 @@ class Availability:
     retryable: bool = False
     fallback_models: tuple[str, ...] = ()
     """What would answer instead."""
+    excluded_by: tuple[str, ...] = ()
+    """OpenRouter's names of what rules every endpoint out."""
     constraint: tuple[str, str] | None = None
     """The field of the request that rules every model out, and how."""
 

@@ -1,15 +1,11 @@
 """What a recipe may say: YAML and `--set` in, one frozen Recipe out."""
 
-import difflib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -23,25 +19,7 @@ from pydantic import (
 )
 
 from pipeline.errors import RecipeError
-
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, and every key it does not know is an error.
-
-    Numbers may be strings, for PyYAML reads 2e-4 as one; but they are finite.
-    """
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_value(cls, value: Any) -> Any:
-        if isinstance(value, bool):  # which pydantic would take for the number 1 or 0
-            raise ValueError("no key takes true or false; quote a word that is meant as one")
-        return value
-
+from pipeline.strict_yaml import Section, parse_yaml, read_mapping, validate
 
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "preference", "text"]
 
@@ -542,41 +520,12 @@ class Recipe(Section):
         return yarn
 
 
-# Beside its own, PyYAML lets these through: a date that is none, an unhashable key, a deep nesting.
-_NOT_YAML = (yaml.YAMLError, ValueError, TypeError, RecursionError)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """PyYAML lets the second of two equal keys win silently; this loader refuses it."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(f"line {line}: the key {key!r} stands here twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply `a.b=c` overrides, validate.
 
     Raises RecipeError with every fault of the file in one message.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read as a recipe: {_reason(error)}") from error
-    try:
-        values = yaml.load(text, Loader=_StrictLoader)
-    except _NOT_YAML as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(
-            f"{path} is not a recipe: it must be a mapping such as `base: bases/demo`"
-        )
+    values = read_mapping(path, "recipe", "base: bases/demo")
     values.setdefault("name", path.stem)
     for override in overrides:
         _override(values, override)
@@ -585,15 +534,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
     """Validate plain values as a Recipe; `where` names them in the error."""
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        faults = "\n".join(f"  {line}" for line in _explain(error))
-        raise RecipeError(f"{where} is not a valid recipe:\n{faults}") from error
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    return validate(Recipe, values, where, "recipe")
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -607,71 +548,9 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise RecipeError(f"--set {override!r}: {parent!r} holds no keys of its own")
     try:
-        values[last] = yaml.load(text, Loader=_StrictLoader)
-    except _NOT_YAML as error:
+        values[last] = parse_yaml(text)
+    except ValueError as error:
         raise RecipeError(f"--set {override!r}: the value is not YAML") from error
     # steps and epochs exclude each other: naming one on the command line replaces the other
     if dotted in ("train.steps", "train.epochs"):
         values.pop("epochs" if last == "steps" else "steps", None)
-
-
-def _explain(error: ValidationError) -> Iterator[str]:
-    faults = error.errors()
-    told: set[tuple[int | str, ...]] = set()
-    for fault in faults:
-        choice = _choice_at(fault["loc"])
-        if choice is not None:
-            if choice not in told:
-                told.add(choice)
-                yield _explain_choice(choice, [f for f in faults if _choice_at(f["loc"]) == choice])
-            continue
-        place = ".".join(str(part) for part in fault["loc"])
-        size = len(fault["loc"])
-        if fault["type"] == "too_short" and any(
-            len(other["loc"]) > size and other["loc"][:size] == fault["loc"] for other in faults
-        ):
-            continue  # pydantic counts only the items that are fine, and the others are told
-        if fault["type"] == "extra_forbidden":
-            known = _fields_at(fault["loc"][:-1])
-            close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
-            yield f"{place}: unknown key; {hint}"
-        else:
-            yield f"{place or 'recipe'}: {fault['msg'].removeprefix('Value error, ')}"
-
-
-def _explain_choice(choice: tuple[int | str, ...], faults: Sequence[Any]) -> str:
-    """One line for a key that takes values of several kinds, each of which pydantic tells apart."""
-    said = [fault["msg"].removeprefix("Input should be ").partition(",")[0] for fault in faults]
-    said = [words.replace("a valid tuple", "a list") for words in said]
-    return f"{'.'.join(map(str, choice))}: Input should be {' or '.join(dict.fromkeys(said))}"
-
-
-def _choice_at(location: Sequence[int | str]) -> tuple[int | str, ...] | None:
-    """The part of a location that is a key for values of several kinds, if one is on the way."""
-    section: type[BaseModel] = Recipe
-    for size, part in enumerate(location, start=1):
-        if not isinstance(part, str) or part not in section.model_fields:
-            continue
-        annotation = section.model_fields[part].annotation
-        kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
-        if get_origin(annotation) in (Union, UnionType) and len(kinds) > 1:
-            return tuple(location[:size]) if size < len(location) else None
-        section = next(_sections(annotation), section)
-    return None
-
-
-def _fields_at(location: Iterable[int | str]) -> list[str]:
-    """The keys a recipe may have at a place, found by walking the sections' annotations."""
-    section: type[BaseModel] = Recipe
-    for part in location:
-        if isinstance(part, str) and part in section.model_fields:
-            section = next(_sections(section.model_fields[part].annotation), section)
-    return list(section.model_fields)
-
-
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _sections(inner)

@@ -2,9 +2,14 @@
 
 import http.client
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -77,6 +82,27 @@ class Server:
             replies = _streamed(response) if stream else _whole(json.loads(response.read()))
         replies.ignored = ignored
         return replies
+
+
+@contextmanager
+def run_server(model: Path, books: Path, *options: str) -> Iterator[Server]:
+    """`pipeline serve` as a process of its own, until the end; asked as the key it begins with."""
+    command = [sys.executable, "-m", "pipeline", "serve", str(model), "--port", "0"]
+    command += ["--books", str(books), *options]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        try:
+            said = {}
+            while "serving at" not in said:
+                line = process.stdout.readline()
+                assert line, "the server did not start"
+                if found := re.match(r"(serving at|key) (\S+)", line):
+                    said[found[1]] = found[2]
+            yield Server(said["serving at"], said["key"], f"local/{model.name}")
+        finally:
+            process.terminate()
+    assert process.returncode == 0
 
 
 def chunks(response: http.client.HTTPResponse) -> Iterator[Any]:

@@ -31,6 +31,10 @@ def generation(number: int = 0, **changed: Any) -> Generation:
         "app_title": "An app",
         "external_user": "somebody",
         "session_id": "a session",
+        "provider": "Elsewhere",
+        "user_agent": "a client/1.0",
+        "preset": "careful",
+        "cache_source": "gen-1767225599-00000000000000000000",
         "cost_picodollars": 5_000_000_000_000,
     }
     return Generation(**(fields | changed))

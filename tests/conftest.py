@@ -6,27 +6,23 @@ import os
 # models as small as these.
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
-import asyncio
 import contextlib
 import json
 import shutil
 import signal
-import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import uvicorn
 from hypothesis import settings
+from running import running
 from scripted import ScriptedEngine
 
 from pipeline import cli
 from pipeline.base.dialogue import write_byte_tokenizer
 from pipeline.chat import Chat
-from pipeline.export import export_gguf
 from pipeline.serve.app import App
 from pipeline.serve.catalog import Catalog, Served
 from pipeline.serve.keys import Keys
@@ -80,6 +76,8 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_gguf(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as a GGUF file, with its tokenizer and template beside it."""
+    from pipeline.export import export_gguf
+
     folder = tmp_path_factory.mktemp("gguf") / "exports"
     export_gguf(tiny_base, folder, "tiny", ["bf16"])
     return folder / "tiny-bf16.gguf"
@@ -109,19 +107,8 @@ def serving(chat: Chat) -> Serving:
     ) -> Iterator[str]:
         catalog = Catalog([Served("tiny", chat, engine, 1767225600)])
         app = App(catalog, keys, ledger, keep_alive_s)
-        config = uvicorn.Config(
-            app, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=1
-        )
-        server = uvicorn.Server(config)
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = listener.getsockname()[1]
-            runner = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
-            runner.start()
-            try:
-                yield f"http://127.0.0.1:{port}"
-            finally:
-                server.should_exit = True
-                runner.join()
+        with running(app) as address:
+            yield address
 
     return serve
 

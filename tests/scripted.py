@@ -41,6 +41,7 @@ class ScriptedEngine:
         self.chunks = list(chunks)
         self.finish = finish
         self.fails_at = fails_at
+        self.fails_after_s = 0.0
         self.delay_s = delay_s
         self._stopped: list[tuple[list[int], int]] = []
 
@@ -62,6 +63,7 @@ class ScriptedEngine:
         begin = self._place(prompt_ids)
         for index in range(begin, len(self.chunks)):
             if index == self.fails_at:
+                await asyncio.sleep(self.fails_after_s)
                 raise EngineError("the scripted engine has died")
             await asyncio.sleep(self.delay_s)
             chunk, num_tokens = self.chunks[index], index + 1 - begin

@@ -1,7 +1,9 @@
 """The Splitter: one text, one parse, however it comes in."""
 
+import json
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -90,3 +92,18 @@ def test_reasoning_in_direct_mode_is_answer() -> None:
 def test_a_call_nested_too_deeply_is_none() -> None:
     assert parse_call('{"name": "f", "arguments": ' + "[" * 5000) is None
     assert not is_well_formed(f"{CALL}{'[' * 5000}{END_CALL}", "direct")
+
+
+@pytest.mark.parametrize(
+    ("escaped", "told"),
+    [(r"\ud800", "�"), (r"a\udc00b", "a�b"), (r"\ud83d\ude00", "😀")],
+)
+def test_a_call_is_text_that_can_be_sent_whatever_is_escaped_in_it(escaped: str, told: str) -> None:
+    call = parse_call(f'{{"name": "f{escaped}", "arguments": {{"a": "{escaped}"}}}}')
+    assert call is not None
+    assert (call.name, json.loads(call.arguments)) == (f"f{told}", {"a": told})
+    call.arguments.encode()
+
+
+def test_a_number_that_json_has_not_makes_no_call() -> None:
+    assert parse_call('{"name": "f", "arguments": {"a": NaN}}') is None

@@ -1,6 +1,7 @@
 """The ledger: what `record` has returned for is there, once, whatever happens then."""
 
 import asyncio
+import datetime
 import signal
 import sqlite3
 import subprocess
@@ -17,7 +18,7 @@ from pipeline.errors import BooksError
 from pipeline.serve import tables
 from pipeline.serve.books import open_books
 from pipeline.serve.keys import Keys
-from pipeline.serve.ledger import Generation, Ledger
+from pipeline.serve.ledger import Generation, Ledger, Spent
 
 RECORD_AND_HANG = """
 import asyncio, sys, time
@@ -69,7 +70,7 @@ def test_a_generation_is_found_as_it_was_recorded(books: Engine, ledger: Ledger)
     full = generation(1, key_id=Keys(books).all()[0].id)
     optional = ("key_id", "artefact_hash", "finish_reason", "native_finish_reason", "error_type")
     optional += ("first_token_ms", "generation_ms", "http_referer", "app_title")
-    optional += ("external_user", "session_id")
+    optional += ("external_user", "session_id", "user_agent", "preset", "cache_source")
     bare = generation(2, ignored=(), **dict.fromkeys(optional))
     assert all(getattr(full, field.name) not in (None, ()) for field in fields(full))
 
@@ -201,3 +202,25 @@ def test_a_failure_of_the_database_is_told_and_the_next_row_is_written(
     asyncio.run(ledger.record(generation()))
 
     assert count(books) == 1
+
+
+def test_what_a_key_has_spent_counts_from_the_beginning_of_day_week_and_month(
+    books: Engine, ledger: Ledger
+):
+    Keys(books).create("team")
+    key_id = Keys(books).all()[0].id
+    wednesday = datetime.date(2026, 4, 1)
+    for number, (day, cost) in enumerate(
+        [("2026-04-01", 1), ("2026-03-31", 10), ("2026-03-29", 100), ("2025-04-01", 1000)]
+    ):
+        at = datetime.datetime.fromisoformat(day).replace(tzinfo=datetime.UTC)
+        row = generation(
+            number, key_id=key_id, cost_picodollars=cost, created_ms=int(at.timestamp() * 1000)
+        )
+        asyncio.run(ledger.record(row))
+    asyncio.run(ledger.record(generation(9, cost_picodollars=7)))
+
+    assert asyncio.run(ledger.spent(key_id, wednesday)) == Spent(1111, 1, 11, 1)
+    assert asyncio.run(ledger.spent(key_id, datetime.date(2026, 4, 2))) == Spent(1111, 0, 11, 1)
+    assert asyncio.run(ledger.spent(None, wednesday)).ever == 7
+    assert asyncio.run(ledger.spent(99, wednesday)) == Spent()

@@ -1,17 +1,13 @@
 """Every parameter over a real engine and the base golden, streamed and not: both say the same."""
 
 import json
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from asking import Refused, Replies, Server
+from asking import Refused, Replies, Server, run_server
 
 from pipeline.base.golden_dialogues import (
     DIALOGUES,
@@ -36,23 +32,10 @@ def server(
     folder = tmp_path_factory.mktemp("serve")
     lora = folder / "golden-lora"
     make_base("golden-lora", "", lora)
-    command = [sys.executable, "-m", "pipeline", "serve", str(golden), "--port", "0"]
-    command += ["--engine", request.param, "--adapter", f"flipped={lora}"]
-    command += ["--context-tokens", str(CONTEXT_TOKENS), "--books", str(folder / "books.sqlite")]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        try:
-            said = {}
-            while "serving at" not in said:
-                line = process.stdout.readline()
-                assert line, "the server did not start"
-                if found := re.match(r"(serving at|key) (\S+)", line):
-                    said[found[1]] = found[2]
-            yield Server(said["serving at"], said["key"], "local/golden")
-        finally:
-            process.terminate()
-    assert process.returncode == 0
+    options = ["--engine", request.param, "--adapter", f"flipped={lora}"]
+    options += ["--context-tokens", str(CONTEXT_TOKENS)]
+    with run_server(golden, folder / "books.sqlite", *options) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

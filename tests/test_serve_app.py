@@ -245,11 +245,11 @@ class SlowAfterTheFirst(ScriptedEngine):
 def test_ignored_parameters_are_named_in_a_header(serving: Any) -> None:
     with serving(ScriptedEngine()) as base:
         response = ask(base, top_a=0.5, user="me", **{"bad\r\nkey: ä": 1})
-        named = ask(base, messages=[{**USER, "name": "a"}, {**USER, "name": "b"}])
+        named = ask(base, messages=[{**USER, "mood": "a"}, {**USER, "mood": "b"}])
         plain = ask(base)
 
     assert response.headers["X-Ignored-Parameters"] == "top_a, bad%0D%0Akey%3A%20%C3%A4"
-    assert named.headers["X-Ignored-Parameters"] == "messages[].name"
+    assert named.headers["X-Ignored-Parameters"] == "messages[].mood"
     assert "X-Ignored-Parameters" not in plain.headers
 
 

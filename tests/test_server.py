@@ -25,15 +25,17 @@ from pipeline.errors import BaseError, GateMissed, PipelineError
 from pipeline.serve import ask as asking
 from pipeline.serve import server
 from pipeline.serve.ask import ask_both_modes
-from pipeline.serve.server import Settings, serve
+from pipeline.serve.server import serve
+from pipeline.serve.settings import Settings
 
 SERVE = """
 import json, sys
 from pathlib import Path
 from pipeline.serve.engines import Room
-from pipeline.serve.server import Settings, serve
+from pipeline.serve.server import serve
+from pipeline.serve.settings import Settings
 
-def ready(url, key):
+def ready(url, key, models):
     sys.stdout.write(url + " " + key + "\\n")
     sys.stdout.flush()
 
@@ -139,11 +141,11 @@ def test_a_taken_port_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
 
 
 def test_a_port_is_taken_before_the_model_is_loaded() -> None:
-    with server._listen(Settings(port=0)) as first:
+    with server._listen("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
         with (
             pytest.raises(PipelineError, match="choose another port"),
-            server._listen(Settings(port=port)),
+            server._listen("127.0.0.1", port),
         ):
             pass
         with socket.create_connection(("127.0.0.1", port), timeout=1):
@@ -403,5 +405,5 @@ def test_an_idle_server_of_golden_is_small(process: Start, golden: Path) -> None
 
 def test_no_response_waits_for_an_acknowledgement_of_its_headers() -> None:
     # Where the protocol is named asyncio sets TCP_NODELAY on every connection.
-    with server._listen(Settings(port=0)) as listener:
+    with server._listen("127.0.0.1", 0) as listener:
         assert listener.proto == socket.IPPROTO_TCP

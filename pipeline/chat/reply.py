@@ -3,13 +3,14 @@
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NoReturn
 
 from pipeline.chat.message import Mode
 
 THINK, END_THINK = "<think>", "</think>"
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 TAGS = (THINK, END_THINK, CALL, END_CALL)
+_LONGEST_TAG = max(map(len, TAGS))
 EARLY_STOP = (
     "\n\nConsidering the limited time by the user, I have to give the solution based on the "
     f"thinking directly now.\n{END_THINK}\n\n"
@@ -76,6 +77,8 @@ class Splitter:
         return pieces
 
     def _next_tag(self) -> tuple[str, str] | None:
+        if "<" not in self._buffer:  # asked for every token, and few have a tag
+            return None
         wanted = (END_CALL,) if self._channel == "call" else TAGS
         places = [(self._buffer.find(tag), tag) for tag in wanted if tag in self._buffer]
         if not places:
@@ -105,12 +108,18 @@ class Splitter:
 
 def _held_back(buffer: str) -> int:
     """How many last characters may be line breaks before a tag, or the beginning of a tag."""
-    tag_part = max(
+    # Asked for every token, too.
+    tag_part = _tag_part(buffer) if "<" in buffer else 0
+    before = buffer[: len(buffer) - tag_part]
+    return tag_part + len(before) - len(before.rstrip("\n"))
+
+
+def _tag_part(buffer: str) -> int:
+    """How many last characters may be the beginning of a tag."""
+    return max(
         (size for tag in TAGS for size in range(1, len(tag)) if buffer.endswith(tag[:size])),
         default=0,
     )
-    before = buffer[: len(buffer) - tag_part]
-    return tag_part + len(before) - len(before.rstrip("\n"))
 
 
 def without_tags(text: str) -> str:
@@ -133,11 +142,11 @@ class Untagged:
     def feed(self, text: str) -> str:
         """Take the next bit, give what of it may be told."""
         joined = self._tail + text
-        while any(tag in joined for tag in TAGS):
+        while "<" in joined and any(tag in joined for tag in TAGS):
             for tag in TAGS:
                 joined = joined.replace(tag, tag[:-1])
         told = joined[len(self._tail) :]
-        self._tail = joined[-max(map(len, TAGS)) :]
+        self._tail = joined[-_LONGEST_TAG:]
         return told
 
 
@@ -150,9 +159,12 @@ class ToolCall:
 
 
 def parse_call(text: str) -> ToolCall | None:
-    """A call from the text between its tags; None where it is not a call."""
+    """A call from the text between its tags; None where it is not a call.
+
+    Half of a surrogate pair, which no UTF-8 has, becomes the character for what is not one.
+    """
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         return None
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
@@ -160,7 +172,15 @@ def parse_call(text: str) -> ToolCall | None:
     arguments = value.get("arguments", {})
     if not isinstance(arguments, dict):
         return None
-    return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
+    return ToolCall(_paired(value["name"]), _paired(json.dumps(arguments, ensure_ascii=False)))
+
+
+def _paired(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 @dataclass(frozen=True)

@@ -95,3 +95,28 @@ def bench_engine(
     numbers = [int(number) for number in streams.split(",")]
     with TemporaryDirectory(prefix="bench-engine-") as folder:
         say(table(measure(base, engine, numbers, tokens, keep or Path(folder))))
+
+
+@commands.command("gateway")
+def bench_gateway(
+    base: Annotated[Path, typer.Option(help="A checkpoint; only its tokenizer is used.")] = Path(
+        "bases/demo"
+    ),
+    litellm: Annotated[
+        Path, typer.Option(help="LiteLLM's program, which is left out if it is not there.")
+    ] = Path(".venv-litellm/bin/litellm"),
+    streams: Annotated[str, typer.Option(help="Numbers of streams at once.")] = "1,32,128",
+    rounds: Annotated[int, typer.Option(min=1, help="Medians are told.")] = 5,
+    keep: Annotated[
+        Path | None, typer.Option(help="An empty folder for what is made; else nothing stays.")
+    ] = None,
+) -> None:
+    """What our server adds to a scripted engine: time to the first event, events a second."""
+    from tempfile import TemporaryDirectory
+
+    from pipeline.bench.gateway import bench_gateway as measure
+    from pipeline.bench.gateway import table
+
+    numbers = [int(number) for number in streams.split(",")]
+    with TemporaryDirectory(prefix="bench-gateway-") as folder:
+        say(table(measure(base, litellm, numbers, rounds, keep or Path(folder))))

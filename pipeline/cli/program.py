@@ -9,7 +9,17 @@ import warnings
 import typer
 from typer import echo as say
 
-from pipeline.cli import artefacts, benches, keys, merging, preparing, proof, serving, training
+from pipeline.cli import (
+    artefacts,
+    benches,
+    keys,
+    merging,
+    preparing,
+    proof,
+    provider,
+    serving,
+    training,
+)
 from pipeline.errors import Interrupted, PipelineError, RunError
 
 app = typer.Typer(
@@ -22,6 +32,7 @@ app = typer.Typer(
 for room in (preparing, training, merging, artefacts, proof, serving):  # the order of --help
     app.add_typer(room.commands)
 app.add_typer(keys.commands, name="keys", help="Who may use the server.")
+app.add_typer(provider.commands, name="provider", help="Being listed by a router.")
 app.add_typer(benches.commands, name="bench", help="Measure what the README's tables say.")
 
 ALONE_S = 15.0  # how long a process waits for the first one to tell of a failure that is common

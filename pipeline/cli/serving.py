@@ -1,5 +1,6 @@
 """The server, and ways to talk to it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,9 +21,14 @@ Artefact = Annotated[
 def serve(  # noqa: PLR0913 - each is an option
     target: Annotated[
         Path,
-        typer.Argument(help="A run folder, its recipe, a checkpoint's folder or a .gguf file."),
+        typer.Argument(
+            help="A run folder, its recipe, a checkpoint's folder, a .gguf file, or a serve file "
+            "that lists models."
+        ),
     ],
-    port: Annotated[int, typer.Option(help="0 takes any free port.")] = 8000,
+    port: Annotated[
+        int | None, typer.Option(help="0 takes any free port.", show_default="8000")
+    ] = None,
     engine: Annotated[
         str,
         typer.Option(
@@ -50,13 +56,31 @@ def serve(  # noqa: PLR0913 - each is an option
             show_default="llamacpp 8192, vllm the model's own",
         ),
     ] = None,
+    queue: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Requests that may wait for a slot; the next is told to come back (429).",
+            show_default="8 for each slot",
+        ),
+    ] = None,
+    provider: Annotated[
+        bool,
+        typer.Option(
+            "--provider",
+            help="For a router that lists it: says what is missing for that, and sends "
+            "reasoning_content too.",
+        ),
+    ] = False,
     books: Books = None,
 ) -> None:
-    """Serve it behind OpenRouter's chat API until Ctrl-C."""
+    """Serve it behind OpenRouter's API until Ctrl-C."""
     from pipeline.serve.artefact import name_adapters
+    from pipeline.serve.catalog import Served
     from pipeline.serve.engines import Room
-    from pipeline.serve.server import Settings
+    from pipeline.serve.missing import what_is_missing
     from pipeline.serve.server import serve as run_server
+    from pipeline.serve.settings import Settings
 
     settings = Settings(
         port=port,
@@ -65,21 +89,41 @@ def serve(  # noqa: PLR0913 - each is an option
         adapters=name_adapters(adapter or []),
         model=model,
         room=Room(slots, context_tokens),
+        queue=queue,
+        is_provider=provider,
         books=books,
     )
 
-    def ready(url: str, key: str | None) -> None:
+    def ready(url: str, key: str | None, models: Sequence[Served]) -> None:
         if key:
             say(f"key {key} is the first; it is shown this once, and clients send it as Bearer")
+        for served in models if provider else ():
+            for missing in what_is_missing(served, served.listing):
+                say(f"{served.slug} is not ready to be listed: {missing}")
+        if provider:
+            say(f"a router reads {url.removesuffix('/api/v1')}/provider/v1/models")
         say(f"serving at {url}")
 
     run_server(target, settings, ready)
 
 
 @commands.command()
+def reload(
+    port: Annotated[
+        int | None, typer.Option(help="The server's.", show_default="the only one there is")
+    ] = None,
+) -> None:
+    """Let a running server read again what it serves; no reply under way is cut."""
+    from pipeline.serve.control import ask_to_reload
+
+    say(ask_to_reload(port))
+
+
+@commands.command()
 def chat(
     target: Annotated[
-        Path, typer.Argument(help="What is served: a run folder, its recipe or a .gguf file.")
+        Path,
+        typer.Argument(help="What is served: a run folder, its recipe, a .gguf or a serve file."),
     ],
     url: Annotated[
         str, typer.Option(help="The server's base URL.")
@@ -95,9 +139,13 @@ def chat(
     from rich.console import Console
 
     from pipeline.serve.artefact import find_artefact
+    from pipeline.serve.menu import is_menu, read_menu
     from pipeline.serve.terminal import talk
 
     key = os.environ.get("OPENROUTER_API_KEY", "")
+    if not model and is_menu(target):
+        menu = read_menu(target)
+        model, target = menu.default or menu.models[0].slug or "", menu.models[0].path
     talk(url, key, model or find_artefact(target).slug, mode, Console())
 
 

@@ -8,20 +8,34 @@ import aiohttp
 import orjson
 
 from pipeline.engine.child import Child
-from pipeline.errors import EngineError, EngineRefused
+from pipeline.errors import EngineDown, EngineError, EngineRefused, EngineTimeout
 
-_CONNECT_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10)
+_CONNECT_S = 10
 _SHORT_TIMEOUT = aiohttp.ClientTimeout(total=10)
 _REFUSALS = (400, 413, 422)  # the request's own fault; any other status is the engine's
+_BUSY = (429, 503, 529)
+_MAX_WAIT_S = 3600
 
 
 class Connection:
-    """Requests and event streams of one engine server; `name` is what failures call it."""
+    """Requests and event streams of one engine server; `name` is what failures call it.
 
-    def __init__(self, name: str, url: str, child: Child | None = None, api_key: str = "") -> None:
+    Nothing but its own URL is ever asked: redirects are not followed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        child: Child | None = None,
+        api_key: str = "",
+        silence_s: float | None = None,
+    ) -> None:
+        """`silence_s` is how long it may say nothing while an answer is awaited."""
         self.name = name
         self.url = url.rstrip("/")
         self.child = child
+        self._api_key = api_key
         self.has_failed = False
         """Whether a failure has sent somebody to the child's log."""
         self._open: set[aiohttp.ClientResponse] = set()
@@ -33,7 +47,7 @@ class Connection:
         )
         self._session = aiohttp.ClientSession(
             connector=connector,
-            timeout=_CONNECT_TIMEOUT,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=silence_s),
             headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
         )
 
@@ -45,7 +59,7 @@ class Connection:
     async def answers(self, path: str) -> bool:
         """Whether GET on a path gives 200."""
         try:
-            async with self._session.get(self.url + path, timeout=_SHORT_TIMEOUT) as response:
+            async with self._get(path) as response:
                 return response.status == 200
         except (aiohttp.ClientError, OSError, TimeoutError):
             return False
@@ -53,7 +67,7 @@ class Connection:
     async def get(self, path: str) -> dict[str, Any]:
         """The JSON object at a path, whatever its status."""
         try:
-            async with self._session.get(self.url + path, timeout=_SHORT_TIMEOUT) as response:
+            async with self._get(path) as response:
                 return self.parse(await response.read())
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise self.died("does not answer") from error
@@ -74,13 +88,16 @@ class Connection:
         """The JSON of each event that a POST gives; `[DONE]` and comments are none."""
         rest = b""
         async with self._posted(path, body) as response:
-            # A chunk of the connection may hold several events, or half a one.
+            # A chunk of the connection may hold several events, or half a one; an event is a line.
             async for chunk in response.content.iter_any():
-                *whole, rest = (rest + chunk).split(b"\n\n")
-                for event in whole:
-                    name, _, value = event.partition(b": ")
-                    if name in (b"data", b"error") and value != b"[DONE]":
-                        yield self.parse(value)
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    name, _, value = line.partition(b":")
+                    if name not in (b"data", b"error"):
+                        continue
+                    if value.strip() == b"[DONE]":
+                        return
+                    yield self.parse(value)
 
     def died(self, what: str) -> EngineError:
         """What happened, and where to look."""
@@ -99,6 +116,11 @@ class Connection:
             raise EngineError(f"{self.name} answered something that is not a JSON object")
         return value
 
+    def reason(self, answer: Mapping[str, Any]) -> str:
+        """Why it refuses, in one line that does not repeat our key."""
+        text = message(answer)
+        return text.replace(self._api_key, "…") if self._api_key else text
+
     async def close(self) -> None:
         """End the child, if there is one, and close every connection; twice does no harm.
 
@@ -110,6 +132,10 @@ class Connection:
             response.close()
         await self._session.close()
 
+    def _get(self, path: str) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        url = self.url + path
+        return self._session.get(url, timeout=_SHORT_TIMEOUT, allow_redirects=False)
+
     @contextlib.asynccontextmanager
     async def _posted(
         self, path: str, body: Mapping[str, Any]
@@ -119,18 +145,30 @@ class Connection:
                 self.url + path,
                 data=orjson.dumps(body),
                 headers={"Content-Type": "application/json"},
+                allow_redirects=False,
             ) as response:
                 if response.status != 200:
-                    reason = message(self.parse(await response.read()))
-                    kind = EngineRefused if response.status in _REFUSALS else EngineError
-                    raise kind(f"{self.name} refused: {reason} ({response.status})")
+                    raise self._refusal(response, await response.read())
                 self._open.add(response)
                 try:
                     yield response
                 finally:
                     self._open.discard(response)
+        except aiohttp.SocketTimeoutError as error:
+            raise EngineTimeout(f"{self.name} at {self.url} has said nothing for long") from error
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise self.died("does not answer") from error
+
+    def _refusal(self, response: aiohttp.ClientResponse, body: bytes) -> EngineError:
+        try:
+            reason = self.reason(self.parse(body))
+        except EngineError:
+            reason = "it gave no reason"
+        what = f"{self.name} refused: {reason} ({response.status})"
+        if response.status in _BUSY:
+            wait_s = response.headers.get("Retry-After", "")
+            return EngineDown(what, min(int(wait_s[:9]), _MAX_WAIT_S) if wait_s.isdecimal() else 1)
+        return EngineRefused(what) if response.status in _REFUSALS else EngineError(what)
 
 
 def message(answer: Mapping[str, Any]) -> str:

@@ -119,7 +119,8 @@ class Pool:
             urls = ", ".join(member.url for member in self._members)
             raise EngineDown(f"no engine answers at {urls}", round(CHECK_S))
         # By rendezvous hashing: an engine that leaves or returns moves only its own beginnings.
-        key = repr((lane.cache_salt, lane.adapter, list(prompt_ids[:PREFIX_TOKENS])))
+        begun = lane.session or list(prompt_ids[:PREFIX_TOKENS])
+        key = repr((lane.cache_salt, lane.adapter, begun))
         favourite = max(among, key=lambda member: _hash(key, member.url))
         idlest = min(among, key=lambda member: member.num_open)
         is_close = favourite.num_open <= idlest.num_open + MAX_DETOUR

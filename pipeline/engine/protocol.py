@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from pipeline.chat import Mode
 
@@ -74,6 +74,8 @@ class Lane:
     """The lower, the sooner."""
     cache_salt: str = ""
     """Only requests of the same salt share what is cached of their prompts."""
+    session: str = ""
+    """Of several engines, requests of one session go to the same, whatever they begin with."""
 
 
 PLAIN = Lane()
@@ -89,9 +91,11 @@ class TokenLogprob:
     """The likeliest tokens at its place, by id, the likeliest first."""
 
 
-@dataclass(frozen=True)
-class Delta:
-    """The next bit of a continuation; the last one carries `finish` and the counts."""
+class Delta(NamedTuple):
+    """The next bit of a continuation; the last one carries `finish` and the counts.
+
+    One is made for every token, and a tuple in a third of the time of a frozen dataclass.
+    """
 
     text: str = ""
     """Whole characters only; control tokens other than what ended it are visible."""

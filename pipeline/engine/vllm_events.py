@@ -1,7 +1,6 @@
 """The events of OpenAI's completions dialect, with vLLM's additions, in our words."""
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from pipeline.engine.connection import message
@@ -23,7 +22,8 @@ def read_delta(
     try:
         (choice,) = event["choices"]
         finish = _FINISHES[choice.get("finish_reason")]
-        ids, logprobs = choice.get("token_ids") or [], list(_logprobs(choice, top))
+        ids = choice.get("token_ids") or []
+        logprobs = list(_logprobs(choice, top)) if choice.get("logprobs") else []
         usage = event.get("usage") or {}
         num_completion_tokens = usage.get("completion_tokens", num_before + (len(ids) or 1))
         if finish == "stop":
@@ -48,8 +48,7 @@ def recount(last: Delta, event: Mapping[str, Any]) -> Delta:
     usage = event.get("usage") or {}
     details = usage.get("prompt_tokens_details") or {}
     num_completion_tokens = usage.get("completion_tokens", last.num_completion_tokens)
-    return replace(
-        last,
+    return last._replace(
         num_tokens=last.num_tokens + num_completion_tokens - last.num_completion_tokens,
         num_completion_tokens=num_completion_tokens,
         num_prompt_tokens=usage.get("prompt_tokens", last.num_prompt_tokens),
@@ -72,11 +71,10 @@ def read_likeliest(found: Mapping[str, float], top: int) -> tuple[tuple[int, flo
 
 
 def _logprobs(choice: Mapping[str, Any], top: int) -> Iterator[TokenLogprob]:
-    found = choice.get("logprobs")
-    if found:
-        columns = (found["tokens"], found["token_logprobs"], found["top_logprobs"])
-        for token, logprob, likeliest in zip(*columns, strict=True):
-            yield TokenLogprob(_id(token), logprob, read_likeliest(likeliest, top))
+    found = choice["logprobs"]
+    columns = (found["tokens"], found["token_logprobs"], found["top_logprobs"])
+    for token, logprob, likeliest in zip(*columns, strict=True):
+        yield TokenLogprob(_id(token), logprob, read_likeliest(likeliest, top))
 
 
 def _id(token: str) -> int:

@@ -9,7 +9,7 @@ from pipeline.errors import RequestError
 from pipeline.serve import schema
 from pipeline.serve.exchange import Exchange
 from pipeline.serve.keys import Key
-from pipeline.serve.ledger import Generation, Ledger
+from pipeline.serve.ledger import Generation, Ledger, Spent
 
 NUM_DAYS = 30
 """So many of those that are over are told of."""
@@ -24,11 +24,11 @@ class Account:
 
     async def key(self, exchange: Exchange, key: Key | None) -> None:
         """GET /key."""
-        await exchange.answer(schema.key_body(key), 200, {})
+        await exchange.answer(schema.key_body(key, await self._spent(key)), 200, {})
 
-    async def credits(self, exchange: Exchange, _key: Key | None) -> None:
-        """GET /credits."""
-        await exchange.answer(schema.credits_body(), 200, {})
+    async def credits(self, exchange: Exchange, key: Key | None) -> None:
+        """GET /credits, of this key."""
+        await exchange.answer(schema.credits_body(await self._spent(key)), 200, {})
 
     async def generation(self, exchange: Exchange, key: Key | None) -> None:
         """GET /generation."""
@@ -49,6 +49,10 @@ class Account:
         key_id = key.id if key else None
         rows = await self.ledger.daily_use(key_id, first, last) if self.ledger else []
         await exchange.answer(schema.activity_body(rows), 200, {})
+
+    async def _spent(self, key: Key | None) -> Spent:
+        today = datetime.datetime.now(datetime.UTC).date()
+        return await self.ledger.spent(key.id if key else None, today) if self.ledger else Spent()
 
     async def _find(self, exchange: Exchange, key: Key | None) -> Generation:
         """The one that the query names; another key's is not there."""

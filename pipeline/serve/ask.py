@@ -12,7 +12,8 @@ from openai import APIError, OpenAI
 from pipeline.chat import Mode
 from pipeline.errors import EngineError, PipelineError
 from pipeline.serve.choice import Choice
-from pipeline.serve.server import Settings, find
+from pipeline.serve.server import check
+from pipeline.serve.settings import Settings
 
 MODES: tuple[Mode, ...] = ("thinking", "direct")
 
@@ -24,7 +25,7 @@ def ask_both_modes(
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": question})
     # The server would refuse as well, but only we can say so with the right exit code.
-    find(target, Settings(artefact=choice))
+    check(target, Settings(artefact=choice))
     with (
         _server(target, choice) as (url, key),
         OpenAI(base_url=url, api_key=key, max_retries=0) as client,

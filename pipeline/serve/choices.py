@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from pipeline.chat import Chat
 from pipeline.engine.protocol import Engine
+from pipeline.serve.continuation import continue_text
 from pipeline.serve.dialogue import answer
 from pipeline.serve.events import Ended, Event, Tally, Usage
 from pipeline.serve.order import Order
@@ -22,14 +23,14 @@ async def answer_all(
     There is one tally for each choice.
     """
     if order.num_choices == 1:
-        async with contextlib.aclosing(answer(order, chat, engine, tallies[0])) as events:
+        async with contextlib.aclosing(_reply(order, chat, engine, tallies[0])) as events:
             async for event in events:
                 yield 0, event
         return
     told: asyncio.Queue[Indexed | BaseException] = asyncio.Queue(maxsize=order.num_choices)
     tasks = [
         asyncio.create_task(
-            _tell(told, index, answer(_numbered(order, index), chat, engine, tally))
+            _tell(told, index, _reply(_numbered(order, index), chat, engine, tally))
         )
         for index, tally in enumerate(tallies)
     ]
@@ -45,6 +46,12 @@ async def answer_all(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _reply(order: Order, chat: Chat, engine: Engine, tally: Tally) -> AsyncGenerator[Event, None]:
+    if order.is_raw:
+        return continue_text(order, engine, tally)
+    return answer(order, chat, engine, tally)
 
 
 def whole_usage(tallies: Sequence[Tally]) -> Usage:

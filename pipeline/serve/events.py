@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.chat import ToolCall
-from pipeline.engine.protocol import Finish, TokenLogprob
+from pipeline.engine.protocol import TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Tally:
     """The usage of a reply so far, for whoever must know it when the reply breaks off."""
 
     usage: Usage = Usage()
+    cost_picodollars: int | None = None
+    """What another server has asked for it; None is by our own price."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,9 @@ class Called:
 class Ended:
     """The last event of a reply."""
 
-    finish: Literal["stop", "length", "tool_calls"]
-    native_finish: Finish
+    finish: Literal["stop", "length", "tool_calls", "content_filter"]
+    native_finish: str
+    """In the words of what has generated it."""
 
 
 Event = Said | Called | Ended

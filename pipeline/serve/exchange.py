@@ -1,8 +1,10 @@
 """One HTTP request and its response, on bare ASGI."""
 
 import asyncio
+import contextlib
 import functools
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -10,17 +12,38 @@ import orjson
 from starlette.types import Message, Receive, Scope, Send
 
 from pipeline.errors import RequestError
+from pipeline.serve.skin import Skin
+from pipeline.serve.skins.chat import CHAT
 
 MAX_BODY_BYTES = 8 * 2**20
 # A page from anywhere may ask, as there are no cookies: it has a key or gets nothing.
+_SHOWN = (
+    "X-Generation-Id",
+    "X-Provider-Name",
+    "X-Ignored-Parameters",
+    "Retry-After",
+    "X-OpenRouter-Cache-Status",
+    "X-OpenRouter-Cache-Age",
+    "X-OpenRouter-Cache-TTL",
+    "X-OpenRouter-Cache-Source-Id",
+)
 _FOR_BROWSERS = {
     "Access-Control-Allow-Origin": "*",
-    "Access-Control-Expose-Headers": "X-Generation-Id, X-Ignored-Parameters, Retry-After",
+    "Access-Control-Expose-Headers": ", ".join(_SHOWN),
 }
 
 
 class HungUp(Exception):
     """The client has gone; nobody is left to answer."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a response begins before there is anything to say, and what then fills its gaps."""
+
+    content_type: str
+    headers: Mapping[str, str]
+    filler: bytes
 
 
 class Exchange:
@@ -30,8 +53,15 @@ class Exchange:
         self.scope = scope
         self.is_started = False
         """Whether the status is out, so that no other can be sent."""
+        self.has_said = False
+        """Whether anything followed it but what fills gaps."""
+        self.is_over = False
         self.asked_models: tuple[str, ...] = ()
         """As the client wrote them, as soon as it is known; for a failure to name."""
+        self.skin: Skin = CHAT
+        """The dialect that a failure is told in."""
+        self.metadata: dict[str, Any] | None = None
+        """How far the request got, if the client wants to know; for a failure to tell."""
         self.last_write_s = 0.0
         """When something was last sent, by the event loop's clock."""
         self._receive = receive
@@ -76,14 +106,32 @@ class Exchange:
 
     async def write(self, body: bytes, more: bool = True) -> None:
         """Send a part of the body."""
+        self.has_said = True
+        self.is_over = not more
         await self._write({"type": "http.response.body", "body": body, "more_body": more})
 
     async def answer(self, value: Any, status: int, headers: Mapping[str, str]) -> None:
-        """Send the whole response, as JSON."""
+        """Send the whole response, as JSON; where it has begun, what is left of it."""
         body = orjson.dumps(value)
-        length = {"content-length": str(len(body))}
-        await self.begin(status, "application/json", {**headers, **length})
+        if not self.is_started:
+            length = {"content-length": str(len(body))}
+            await self.begin(status, "application/json", {**headers, **length})
         await self.write(body, more=False)
+
+    @contextlib.asynccontextmanager
+    async def kept_open(self, opening: Opening, every_s: float) -> AsyncIterator[None]:
+        """Send something in every gap: clients, and what is between, give up in silence.
+
+        So a response begins, with a status that may turn out too good, even before it has a word.
+        """
+        self.last_write_s = asyncio.get_running_loop().time()
+        filling = asyncio.create_task(self._fill_gaps(opening, every_s))
+        try:
+            yield
+        finally:
+            filling.cancel()
+            # A HungUp it has met is for `unless_hung_up` to tell.
+            await asyncio.gather(filling, return_exceptions=True)
 
     async def unless_hung_up(self, work: Coroutine[Any, Any, None]) -> None:
         """Do the work, or drop it at once and raise HungUp when the client goes.
@@ -101,6 +149,18 @@ class Exchange:
             working.cancel()
             watching.cancel()
             await asyncio.gather(working, watching, return_exceptions=True)
+
+    async def _fill_gaps(self, opening: Opening, every_s: float) -> None:
+        clock = asyncio.get_running_loop().time
+        while not self.is_over:
+            wait_s = self.last_write_s + every_s - clock()
+            if wait_s > 0:
+                await asyncio.sleep(wait_s)
+                continue
+            if not self.is_started:
+                await self.begin(200, opening.content_type, opening.headers)
+            body = {"type": "http.response.body", "body": opening.filler, "more_body": True}
+            await self._write(body)
 
     async def _wait_for_disconnect(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

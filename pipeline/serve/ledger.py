@@ -65,6 +65,13 @@ class Generation:
     """The request's `user`."""
     session_id: str | None = None
     cost_picodollars: int = 0
+    provider: str = "Pipeline"
+    """Who answered: this server, or one that it asked in turn."""
+    user_agent: str | None = None
+    preset: str | None = None
+    """The one that the request was sent under."""
+    cache_source: str | None = None
+    """The id of the earlier reply that this one repeats."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,17 @@ class DailyUse:
     reasoning_tokens: int
     cached_tokens: int
     cost_picodollars: int
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a key's replies have cost, in pico-dollars, by UTC."""
+
+    ever: int = 0
+    today: int = 0
+    this_week: int = 0
+    """Since Monday."""
+    this_month: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,6 +139,10 @@ class Ledger:
         """Of a key on these days and those between, the latest first."""
         return await asyncio.to_thread(self._daily_use, key_id, first, last)
 
+    async def spent(self, key_id: int | None, today: datetime.date) -> Spent:
+        """By a key, to this moment."""
+        return await asyncio.to_thread(self._spent, key_id, today)
+
     def close(self) -> None:
         """Write what is on its way and stop."""
         self._is_closed = True
@@ -150,6 +172,26 @@ class Ledger:
             rows = [dict(row) for row in connection.execute(found).mappings()]
         days = [_EPOCH + datetime.timedelta(days=row.pop("number")) for row in rows]
         return [DailyUse(day, **row) for day, row in zip(days, rows, strict=True)]
+
+    def _spent(self, key_id: int | None, today: datetime.date) -> Spent:
+        column = tables.generations.c
+        week = today - datetime.timedelta(days=today.weekday())
+        begins = (_EPOCH, today, week, today.replace(day=1))
+        sums = [
+            cast(
+                func.coalesce(
+                    func.sum(column.cost_picodollars).filter(
+                        column.created_ms >= (begin - _EPOCH).days * _DAY_MS
+                    ),
+                    0,
+                ),
+                BigInteger,
+            )
+            for begin in begins
+        ]
+        found = select(*sums).where(column.key_id.is_not_distinct_from(key_id))
+        with self._books.connect() as connection:
+            return Spent(*map(int, connection.execute(found).one()))
 
     def _write_all(self) -> None:
         while True:

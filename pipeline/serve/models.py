@@ -1,16 +1,24 @@
 """What is told of the models: which there are, where they are served, and that none embeds."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import Availability, RequestError
 from pipeline.serve import schema
 from pipeline.serve.catalog import Catalog, Served
+from pipeline.serve.endpoints import Endpoints
 from pipeline.serve.exchange import Exchange
 from pipeline.serve.keys import Key
 from pipeline.serve.listing import find_page
 from pipeline.serve.request import parse_object
+from pipeline.serve.schema.endpoints import (
+    Seen,
+    all_endpoints_body,
+    endpoints_body,
+    providers_body,
+)
 
 
 @dataclass(frozen=True)
@@ -18,6 +26,7 @@ class Models:
     """Handlers over one catalog; they answer while the server is about to stop, too."""
 
     catalog: Catalog
+    endpoints_of: Endpoints
 
     async def all(self, exchange: Exchange) -> None:
         """GET /models."""
@@ -41,17 +50,24 @@ class Models:
     async def endpoints(self, exchange: Exchange, model: str) -> None:
         """GET /models/AUTHOR/SLUG/endpoints."""
         served = self._find(exchange, model)
-        is_healthy = await served.engine.is_healthy()
-        await exchange.answer(schema.endpoints_body(served, is_healthy), 200, {})
+        seen = await self._seen([served])
+        await exchange.answer(endpoints_body(served, seen), 200, {})
 
     async def all_endpoints(self, exchange: Exchange) -> None:
         """GET /endpoints/zdr."""
-        models = [(served, await served.engine.is_healthy()) for served in self.catalog.models]
-        await exchange.answer(schema.all_endpoints_body(models), 200, {})
+        seen = await self._seen(self.catalog.models)
+        await exchange.answer(all_endpoints_body(seen), 200, {})
 
     async def providers(self, exchange: Exchange) -> None:
         """GET /providers."""
-        await exchange.answer(schema.providers_body(), 200, {})
+        every = [e for served in self.catalog.models for e in self.endpoints_of(served)]
+        slugs = {endpoint.tag.partition("/")[0]: endpoint.provider for endpoint in every}
+        body = providers_body([(name, slug) for slug, name in slugs.items()])
+        await exchange.answer(body, 200, {})
+
+    async def for_routers(self, exchange: Exchange) -> None:
+        """GET /provider/v1/models: by the schema of those who list what others serve."""
+        await exchange.answer(schema.provider_models_body(self.catalog.models), 200, {})
 
     async def embed(self, exchange: Exchange, _key: Key | None) -> None:
         """POST /embeddings: refused, whichever model is asked."""
@@ -65,6 +81,12 @@ class Models:
             f"{slug} does not embed; ask it at /chat/completions",
             availability=Availability("wrong_endpoint", constraint=("model", detail)),
         )
+
+    async def _seen(self, models: Sequence[Served]) -> list[Seen]:
+        """Their endpoints, asked for their health at the same time."""
+        endpoints = [endpoint for served in models for endpoint in self.endpoints_of(served)]
+        healths = await asyncio.gather(*(endpoint.is_healthy() for endpoint in endpoints))
+        return list(zip(endpoints, healths, strict=True))
 
     def _documents(self) -> list[Mapping[str, Any]]:
         return [schema.model_document(served) for served in self.catalog.models]

@@ -1,15 +1,19 @@
 """A chat request decided against a model: mode, sampling, prompt, and what is not honoured."""
 
-from dataclasses import dataclass, field
-from typing import Any, get_args
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from pipeline.chat import END_THINK, Mode
-from pipeline.engine.protocol import RECOMMENDED, Capability, Lane, Sampling
+from pipeline.chat import END_THINK, Chat, Mode
+from pipeline.engine.protocol import PLAIN, RECOMMENDED, Capability, Lane, Sampling
 from pipeline.errors import Availability, DataError, RequestError
 from pipeline.serve.catalog import Served
+from pipeline.serve.compression import compress
 from pipeline.serve.constraints import Constraints, find_constraints
-from pipeline.serve.reasoning import find_budget, find_mode, ignored_of_reasoning, shows_reasoning
-from pipeline.serve.request import HARMLESS, READ_OF_MESSAGES, ChatRequest
+from pipeline.serve.ignored import find_ignored
+from pipeline.serve.reasoning import find_budget, find_mode, shows_reasoning
+from pipeline.serve.request import COMPRESSION, ChatRequest
 
 _SAMPLING = (
     "temperature",
@@ -21,6 +25,19 @@ _SAMPLING = (
     "repetition_penalty",
     "seed",
 )
+# With a text in place of messages, these ask for nothing.
+_OF_DIALOGUE = (
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "response_format",
+    "structured_outputs",
+    "reasoning",
+    "reasoning_effort",
+    "include_reasoning",
+)
+_SHARE_OF_REPLY = 4
+"""Compression leaves this part of the context to a reply whose length nothing bounds."""
 _KINDS = {
     "image_url": "image",
     "input_audio": "audio",
@@ -40,6 +57,10 @@ class Order:
     lane: Lane = field(default_factory=Lane)
     is_begun: bool = False
     """Whether the prompt ends with the beginning of the answer."""
+    is_raw: bool = False
+    """Whether it is a text to be continued: no dialogue, no thought, no call."""
+    is_compressed: bool = False
+    """Whether messages were left out for want of room."""
     budget: int | None = None
     """At most so many tokens of reasoning."""
     stops: tuple[str, ...] = ()
@@ -66,9 +87,15 @@ class Order:
         )
 
 
-def decide(request: ChatRequest, served: Served) -> Order:
-    """Honour, refuse or name every field; RequestError carries the status of a refusal."""
+def decide(request: ChatRequest, served: Served, lane: Lane = PLAIN) -> Order:
+    """Honour, refuse or name every field; RequestError carries the status of a refusal.
+
+    The lane's adapter is the model's.
+    """
     _refuse_unsupported(request)
+    lane = replace(lane, adapter=served.adapter)
+    if not request.messages:
+        return _continue(request, served, lane)
     able = served.engine.capabilities
     is_begun = _is_begun(request)
     mode = "direct" if is_begun else find_mode(request)
@@ -79,15 +106,17 @@ def decide(request: ChatRequest, served: Served) -> Order:
             "leave out the last message, or response_format and tool_choice",
             error_type="invalid_prompt",
         )
-    prompt_ids = _prompt_ids(request, served, constraints.tools, mode, is_begun)
+    render = functools.partial(_prompt_ids, served.chat, constraints.tools, mode, is_begun)
+    prompt_ids, is_compressed = _fitted(request, served, render)
     max_tokens = _max_tokens(request, served, len(prompt_ids))
     stops = [stop for stop in request.stop or () if stop]
     return Order(
         prompt_ids=prompt_ids,
         mode=mode,
         sampling=_sampling(request, served, mode, max_tokens),
-        lane=Lane(served.adapter),
+        lane=lane,
         is_begun=is_begun,
+        is_compressed=is_compressed,
         budget=find_budget(request, max_tokens) if mode == "thinking" else None,
         stops=tuple(stop for stop in stops if stop != END_THINK),
         ends_after_thinking=mode == "thinking" and END_THINK in stops,
@@ -95,7 +124,30 @@ def decide(request: ChatRequest, served: Served) -> Order:
         top_logprobs=_top_logprobs(request, able),
         num_choices=request.n or 1,
         shows_reasoning=shows_reasoning(request),
-        ignored=tuple(_ignored(request, able, constraints)),
+        ignored=tuple(find_ignored(request, able, constraints)),
+    )
+
+
+def _continue(request: ChatRequest, served: Served, lane: Lane) -> Order:
+    """Of a text: what belongs to a dialogue is ignored."""
+    prompt_ids = served.chat.reply_ids(request.prompt or "")
+    if not prompt_ids:
+        raise RequestError("prompt: it is empty; there is nothing to continue")
+    able = served.engine.capabilities
+    dialogue = [name for name in _OF_DIALOGUE if getattr(request, name) is not None]
+    return Order(
+        prompt_ids=prompt_ids,
+        mode="direct",
+        sampling=replace(
+            _sampling(request, served, "direct", _max_tokens(request, served, len(prompt_ids))),
+            top_logprobs=_top_logprobs(request, able),
+        ),
+        lane=lane,
+        is_raw=True,
+        stops=tuple(stop for stop in request.stop or () if stop),
+        top_logprobs=_top_logprobs(request, able),
+        num_choices=request.n or 1,
+        ignored=(*find_ignored(request, able, Constraints()), *dialogue),
     )
 
 
@@ -136,28 +188,59 @@ def _is_begun(request: ChatRequest) -> bool:
     return True
 
 
+Messages = list[dict[str, Any]]
+
+
 def _prompt_ids(
-    request: ChatRequest,
-    served: Served,
-    tools: list[dict[str, Any]],
-    mode: Mode,
-    is_begun: bool,
+    chat: Chat, tools: list[dict[str, Any]], mode: Mode, is_begun: bool, messages: Messages
 ) -> list[int]:
-    messages = request.messages or []
     try:
         if is_begun:
-            return served.chat.begun_ids(messages, tools)
-        return served.chat.prompt_ids(messages, tools, mode)
+            return chat.begun_ids(messages, tools)
+        return chat.prompt_ids(messages, tools, mode)
     except DataError as error:
         raise RequestError(f"messages: {error}", 400, "invalid_prompt") from error
     except RecursionError as error:
         raise RequestError("the body is nested too deeply") from error
 
 
+def _fitted(
+    request: ChatRequest, served: Served, render: Callable[[Messages], list[int]]
+) -> tuple[list[int], bool]:
+    """The prompt, and whether something was left out so that it leaves room for the reply."""
+    messages = [_under_its_name(message) for message in request.messages or ()]
+    prompt_ids = render(messages)
+    asked = request.max_completion_tokens or request.max_tokens
+    reply = served.context_tokens // _SHARE_OF_REPLY if asked is None else asked
+    room = served.context_tokens - reply
+    is_wanted = request.has_plugin(COMPRESSION) or "middle-out" in (request.transforms or ())
+    if not is_wanted or len(prompt_ids) <= room:
+        return prompt_ids, False
+    fitting = compress(messages, lambda fewer: len(render(fewer)) <= room)
+    return (render(fitting), True) if fitting else (prompt_ids, False)
+
+
+def _under_its_name(message: dict[str, Any]) -> dict[str, Any]:
+    """A user's name goes before what the user says: the template has no place for it."""
+    name, content = message.get("name"), message.get("content")
+    if message["role"] != "user" or not name:
+        return message
+    mark = f"{name}: "
+    parts = [{"type": "text", "text": mark}, *content] if isinstance(content, list) else None
+    return {**message, "content": parts or mark + (content or "")}
+
+
 def _max_tokens(request: ChatRequest, served: Served, num_prompt_tokens: int) -> int:
     """As many as asked, or as there is room for."""
     room = served.context_tokens - num_prompt_tokens
-    asked = request.max_completion_tokens or request.max_tokens or max(room, 1)
+    asked = request.max_completion_tokens or request.max_tokens
+    most = served.max_completion_tokens
+    if asked is not None and asked > most and served.max_tokens:
+        raise RequestError(
+            f"max_tokens: a reply of {served.slug} has at most {most} tokens, not {asked}",
+            error_type="max_tokens_exceeded",
+        )
+    asked = asked or max(min(room, most), 1)
     if asked > room:
         raise RequestError(
             f"This endpoint's maximum context length is {served.context_tokens} tokens. However, "
@@ -195,41 +278,3 @@ def _top_logprobs(request: ChatRequest, able: frozenset[Capability]) -> int | No
     if not request.logprobs or "logprobs" not in able:
         return None
     return request.top_logprobs or 0
-
-
-def _ignored(
-    request: ChatRequest, able: frozenset[Capability], constraints: Constraints
-) -> list[str]:
-    """Names of the fields that were given, are not null, and change nothing."""
-    names = [
-        name
-        for name, value in (request.model_extra or {}).items()
-        if value is not None and name not in HARMLESS
-    ]
-    if request.max_completion_tokens is not None and request.max_tokens not in (
-        None,
-        request.max_completion_tokens,
-    ):
-        names.append("max_tokens")
-    names += [
-        name
-        for name in get_args(Capability)
-        if name in ChatRequest.model_fields
-        and name not in able
-        and getattr(request, name) is not None
-    ]
-    if request.top_logprobs is not None and "logprobs" not in able:
-        names.append("top_logprobs")
-    names += ignored_of_reasoning(request)
-    return [*names, *constraints.ignored, *_ignored_of_messages(request)]
-
-
-def _ignored_of_messages(request: ChatRequest) -> list[str]:
-    """Each name once, however many messages have it."""
-    names = {
-        f"messages[].{name}": None
-        for message in request.messages or ()
-        for name, value in message.items()
-        if value is not None and name not in READ_OF_MESSAGES[message["role"]]
-    }
-    return list(names)

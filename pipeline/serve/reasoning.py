@@ -31,8 +31,8 @@ def find_budget(request: ChatRequest, max_tokens: int) -> int | None:
     `max_tokens` are for the whole reply. A thought leaves at least one of them to the answer.
     """
     reasoning = request.reasoning or Reasoning()
-    if reasoning.max_tokens:
-        return min(reasoning.max_tokens, max(max_tokens - 1, 1))
+    if bound := reasoning.max_tokens or request.thinking_budget:
+        return min(bound, max(max_tokens - 1, 1))
     effort = reasoning.effort or request.reasoning_effort
     if effort is None and reasoning.enabled:
         effort = "medium"
@@ -56,6 +56,9 @@ def ignored_of_reasoning(request: ChatRequest) -> list[str]:
     reasoning = request.reasoning or Reasoning()
     extra = reasoning.model_extra or {}
     names = [f"reasoning.{name}" for name, value in extra.items() if value is not None]
+    arguments = request.chat_template_kwargs
+    extra = (arguments and arguments.model_extra) or {}
+    names += [f"chat_template_kwargs.{name}" for name, value in extra.items() if value is not None]
     if reasoning.exclude is not None and request.include_reasoning is reasoning.exclude:
         names.append("include_reasoning")
     return names
@@ -71,7 +74,7 @@ def _wishes(request: ChatRequest) -> dict[str, bool]:
         raise RequestError(
             'Only one of "reasoning.effort" and "reasoning.max_tokens" can be specified'
         )
-    wishes = {}
+    wishes = _wishes_in_qwens_words(request)
     if reasoning.enabled is not None:
         wishes[f'"reasoning.enabled": {str(reasoning.enabled).lower()}'] = reasoning.enabled
     if budget is not None:
@@ -80,4 +83,19 @@ def _wishes(request: ChatRequest) -> dict[str, bool]:
         wishes[f'"reasoning.effort": "{reasoning.effort}"'] = reasoning.effort != "none"
     if effort is not None:
         wishes[f'"reasoning_effort": "{effort}"'] = effort != "none"
+    return wishes
+
+
+def _wishes_in_qwens_words(request: ChatRequest) -> dict[str, bool]:
+    wishes: dict[str, bool] = {}
+    arguments = request.chat_template_kwargs
+    switches = {
+        "enable_thinking": request.enable_thinking,
+        "chat_template_kwargs.enable_thinking": arguments.enable_thinking if arguments else None,
+    }
+    for name, thinks in switches.items():
+        if thinks is not None:
+            wishes[f'"{name}": {str(thinks).lower()}'] = thinks
+    if request.thinking_budget is not None:
+        wishes[f'"thinking_budget": {request.thinking_budget}'] = request.thinking_budget > 0
     return wishes

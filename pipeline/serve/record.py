@@ -1,20 +1,57 @@
-"""One request from its arrival to its row in the ledger."""
+"""One reply from its request's arrival to its row in the ledger."""
 
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from pipeline.errors import RequestError
-from pipeline.serve.catalog import Served
 from pipeline.serve.choices import Indexed, whole_usage
-from pipeline.serve.events import Ended, Tally, Usage
+from pipeline.serve.endpoint import Answering
+from pipeline.serve.events import Ended, Usage
 from pipeline.serve.keys import Key
 from pipeline.serve.ledger import Generation
-from pipeline.serve.order import Order
+from pipeline.serve.price import NOTHING, Cost
 from pipeline.serve.request import ChatRequest
 from pipeline.serve.schema import generation_id
 
 _MAX_LABEL = 256
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request as it came, and the id that its reply is to have, whoever makes it."""
+
+    id: str
+    key: Key | None
+    """None where the server wants no key."""
+    headers: Mapping[str, str]
+    created_s: float
+    """Since the epoch."""
+    begun_s: float
+    """The same moment by the monotonic clock."""
+
+    @classmethod
+    def now(cls, key: Key | None, headers: Mapping[str, str]) -> "Arrival":
+        """At this moment."""
+        created_s = time.time()
+        return cls(generation_id(int(created_s)), key, headers, created_s, time.monotonic())
+
+    @property
+    def created(self) -> int:
+        """Unix seconds."""
+        return int(self.created_s)
+
+    def label(self, *headers: str) -> str | None:
+        """The first of these headers that is there, for the books."""
+        text = next((self.headers[name] for name in headers if self.headers.get(name)), None)
+        return text[:_MAX_LABEL] if text else None
+
+    def session(self, request: ChatRequest) -> str | None:
+        """What requests of one conversation have in common; the body has the last word."""
+        said = request.session_id or self.label("x-session-id") or request.prompt_cache_key
+        return said[:_MAX_LABEL] if said else None
 
 
 class Record:
@@ -22,37 +59,48 @@ class Record:
 
     def __init__(
         self,
-        served: Served,
+        arrival: Arrival,
         request: ChatRequest,
-        order: Order,
-        key: Key | None,
-        headers: Mapping[str, str],
-        begun_s: float,
+        answering: Answering,
+        *,
+        cache_source: str | None = None,
+        keeps_events: bool = False,
     ) -> None:
-        """`begun_s` is when the request came, by the monotonic clock."""
-        self.served = served
-        self.request = request
-        self.order = order
-        self.created_s = time.time()
-        self.id = generation_id(self.created)
-        self.tallies = [Tally() for _ in range(order.num_choices)]
+        """`cache_source` is the id of the reply that this one repeats."""
+        self.answering = answering
+        self.id = arrival.id
         self.error: RequestError | None = None
         self.is_booked = False
-        self._key = key
-        self._headers = headers
-        self._begun_s = begun_s
+        self.events: list[Indexed] = []
+        """All that came, if they are to be kept."""
+        self._arrival = arrival
+        self._request = request
+        self._cache_source = cache_source
+        self._keeps_events = keeps_events
         self._first_s: float | None = None
         self._ends: list[Ended] = []
 
     @property
-    def created(self) -> int:
-        """Unix seconds."""
-        return int(self.created_s)
-
-    @property
     def usage(self) -> Usage:
         """Of all choices, so far."""
-        return whole_usage(self.tallies)
+        return whole_usage(self.answering.tallies)
+
+    @property
+    def cost(self) -> Cost:
+        """Of it; a reply that failed costs nothing, nor does one without a single token."""
+        usage = self.usage
+        if self.error is not None or self._cache_source or not usage.completion_tokens:
+            return NOTHING
+        billed = self.answering.tallies[0].cost_picodollars
+        if billed is not None:
+            return Cost(0, billed)
+        price = self.answering.endpoint.price
+        return price.cost(usage) if price else NOTHING
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every choice has come to its end."""
+        return len(self._ends) == len(self.answering.tallies) and self.error is None
 
     async def noted(self, replies: AsyncGenerator[Indexed, None]) -> AsyncGenerator[Indexed, None]:
         """The same events; closing this closes them."""
@@ -61,46 +109,57 @@ class Record:
                 self._first_s = self._first_s or time.monotonic()
                 if isinstance(event, Ended):
                     self._ends.append(event)
+                if self._keeps_events:
+                    self.events.append((index, event))
                 yield index, event
 
     def generation(self) -> Generation:
         """The row, as things stand: a reply that neither ended nor failed was cancelled."""
-        now_s, first_s, usage = time.monotonic(), self._first_s, self.usage
-        end = self._ends[0] if len(self._ends) == self.order.num_choices else None
+        served, usage = self.answering.endpoint.served, self.usage
         failure = "error" if self.error else None
+        end = self._ends[0] if self.is_whole else None
         return Generation(
             id=self.id,
-            key_id=self._key.id if self._key else None,
-            model=self.served.slug,
-            artefact_hash=self.served.artefact_hash,
-            engine=self.served.engine_name,
-            created_ms=int(self.created_s * 1000),
-            streamed=bool(self.request.stream),
+            key_id=self._arrival.key.id if self._arrival.key else None,
+            model=served.slug,
+            provider=self.answering.endpoint.provider,
+            artefact_hash=served.artefact_hash,
+            engine=served.engine_name,
+            created_ms=int(self._arrival.created_s * 1000),
+            streamed=bool(self._request.stream),
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
             reasoning_tokens=usage.reasoning_tokens,
             cached_tokens=usage.cached_tokens,
             finish_reason=end.finish if end else failure,
             native_finish_reason=end.native_finish if end else failure,
-            latency_ms=_ms(now_s - self._begun_s),
-            first_token_ms=None if first_s is None else _ms(first_s - self._begun_s),
-            generation_ms=None if first_s is None else _ms(now_s - first_s),
             cancelled=end is None and self.error is None,
             error_type=self.error.error_type if self.error else None,
-            ignored=self.order.ignored,
-            http_referer=self._label("http-referer"),
-            app_title=self._label("x-openrouter-title") or self._label("x-title"),
-            external_user=self._said("user"),
-            session_id=self._said("session_id") or self._label("x-session-id"),
+            ignored=self.answering.ignored,
+            cost_picodollars=self.cost.total,
+            cache_source=self._cache_source,
+            **self._times(),
+            **self._labels(),
         )
 
-    def _label(self, header: str) -> str | None:
-        text = self._headers.get(header)
-        return text[:_MAX_LABEL] if text else None
+    def _times(self) -> dict[str, Any]:
+        now_s, begun_s, first_s = time.monotonic(), self._arrival.begun_s, self._first_s
+        return {
+            "latency_ms": _ms(now_s - begun_s),
+            "first_token_ms": None if first_s is None else _ms(first_s - begun_s),
+            "generation_ms": None if first_s is None else _ms(now_s - first_s),
+        }
 
-    def _said(self, name: str) -> str | None:
-        value = (self.request.model_extra or {}).get(name)
-        return value[:_MAX_LABEL] if isinstance(value, str) else None
+    def _labels(self) -> dict[str, Any]:
+        arrival, user = self._arrival, self._request.user
+        return {
+            "http_referer": arrival.label("http-referer"),
+            "app_title": arrival.label("x-openrouter-title", "x-title"),
+            "user_agent": arrival.label("user-agent"),
+            "external_user": user[:_MAX_LABEL] if user else None,
+            "session_id": arrival.session(self._request),
+            "preset": self._request.preset,
+        }
 
 
 def _ms(seconds: float) -> int:

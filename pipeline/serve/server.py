@@ -1,180 +1,108 @@
-"""`pipeline serve`: the engine started and warmed, HTTP on a port, and a clean stop."""
+"""`pipeline serve`: engines started and warmed, HTTP on a port, and a clean stop."""
 
 import asyncio
 import contextlib
-import ctypes
+import functools
 import logging
-import re
 import signal
 import socket
-import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 import uvloop
 
-from pipeline.chat import Chat
-from pipeline.engine.choose import EngineChoice, choose_engine
-from pipeline.engine.protocol import Engine
-from pipeline.engine.supervisor import Supervisor
 from pipeline.errors import PipelineError
 from pipeline.serve.app import App
-from pipeline.serve.artefact import Artefact, Load, find_artefact, load
 from pipeline.serve.books import open_books
 from pipeline.serve.catalog import Catalog, Served
-from pipeline.serve.choice import Choice, refuse_uncertified
-from pipeline.serve.engines import Room, join_engines, start_engine
+from pipeline.serve.control import obeying
+from pipeline.serve.entries import read_entries
+from pipeline.serve.fleet import Fleet
 from pipeline.serve.keys import Keys, first_key
 from pipeline.serve.ledger import Ledger
+from pipeline.serve.menu import Menu
+from pipeline.serve.offering import Offering
+from pipeline.serve.schema.reply import ChatStyle
+from pipeline.serve.settings import Settings, read_target
 
 log = logging.getLogger(__name__)
 
+PORT = 8000
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _DROPPED_S = 1  # for what has not ended within the grace period to notice that it is cut
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Where to listen, and what to run."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    """0 is any free one."""
-    engine: str = "auto"
-    """auto, llamacpp, vllm, or URLs, with commas between, of servers with the same model loaded."""
-    artefact: Choice = "auto"
-    """Which of a run's artefacts is served."""
-    adapters: Mapping[str, Path] = field(default_factory=dict)
-    """Put on what is served, by the slugs of the models they make."""
-    model: str = ""
-    """What clients call what is served, AUTHOR/SLUG; by default local/ and the folder's name."""
-    room: Room = field(default_factory=Room)
-    """Of an engine of ours."""
-    books: str | None = None
-    """Of keys and generations, as `open_books` has it."""
-    grace_s: int = 10
-    """How long running replies may take after the signal to stop."""
-
-
-Ready = Callable[[str, str | None], None]
-"""Told the base URL once the first request can be answered, and the key if a first was made."""
+Ready = Callable[[str, str | None, Sequence[Served]], None]
+"""Told the base URL once the first request can be answered, the key if a first was made, and the
+models."""
 
 
 def serve(path: Path, settings: Settings, ready: Ready) -> None:
-    """Serve a run, a checkpoint or a .gguf file until SIGINT or SIGTERM; call in the main thread.
+    """Serve a run, a checkpoint, a .gguf file or a serve file's models until SIGINT or SIGTERM.
 
-    Raises GateMissed for an artefact whose certificate says that it is not the model as trained.
+    Call it in the main thread. Raises GateMissed for an artefact whose certificate says that it is
+    not the model as trained.
     """
-    chosen, artefact = find(path, settings)
-    if artefact.chosen.why:
-        log.info(artefact.chosen.why)
-    with _listen(settings) as listener, open_books(settings.books) as books:
-        # Before the loop runs: making a GGUF file takes minutes, and is stopped by any signal.
-        files = None if chosen.urls else load(artefact, settings.adapters, chosen.kind)
-        serving = _Serving(artefact, settings, chosen, files)
-        with (
-            contextlib.closing(Ledger(books)) as ledger,
-            # Half of asyncio's own time for every event of a stream.
-            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
-        ):
-            runner.run(serving.run(listener, Keys(books), ledger, ready))
-
-
-def find(path: Path, settings: Settings) -> tuple[EngineChoice, Artefact]:
-    """Which engine serves what; PipelineError, or GateMissed, for what cannot or must not be."""
-    chosen = choose_engine(settings.engine, is_gguf=path.suffix == ".gguf")
-    if chosen.why:
-        log.info("engine %s, for %s", chosen.kind, chosen.why)
-    for option, value in (
-        ("artefact", settings.artefact != "auto"),
-        ("adapter", settings.adapters),
+    menu = check(path, settings)
+    port = next((port for port in (settings.port, menu.port) if port is not None), PORT)
+    with (
+        _listen(settings.host, port) as listener,
+        open_books(settings.books or menu.books) as books,
+        contextlib.closing(Ledger(books)) as ledger,
+        # Half of asyncio's own time for every event of a stream.
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        if value and chosen.urls:
-            raise PipelineError(f"--{option} is not for {settings.engine}, which has its model")
-    if settings.model and not re.fullmatch(r"[\w.-]+/[\w.-]+", settings.model):
-        raise PipelineError(f"--model {settings.model}: give AUTHOR/SLUG")
-    artefact = find_artefact(path, settings.artefact, chosen.kind)
-    if (settings.model or artefact.slug) in settings.adapters:
-        raise PipelineError(f"two models would be called {settings.model or artefact.slug}")
-    refuse_uncertified(artefact.folder, artefact.chosen)
-    return chosen, artefact
+        style = ChatStyle(menu.usage_chunk, has_reasoning_content=settings.is_provider)
+        serving = _Serving(path, settings, Keys(books), ledger, style)
+        runner.run(serving.run(listener, ready))
+
+
+def check(path: Path, settings: Settings) -> Menu:
+    """What is to be served; PipelineError, or GateMissed, for what cannot or must not be."""
+    menu = read_target(path, settings)
+    read_entries(menu)
+    return menu
 
 
 @dataclass(frozen=True)
 class _Serving:
     """One server's life."""
 
-    artefact: Artefact
+    path: Path
     settings: Settings
-    chosen: EngineChoice
-    files: Load | None
-    """None if the engines are elsewhere."""
+    keys: Keys
+    ledger: Ledger
+    style: ChatStyle
 
-    async def run(self, listener: socket.socket, keys: Keys, ledger: Ledger, ready: Ready) -> None:
-        """Until a signal comes; while the engine starts, it stops that."""
+    async def run(self, listener: socket.socket, ready: Ready) -> None:
+        """Until a signal comes; while the engines start, it stops that."""
         starting = asyncio.current_task()
         assert starting is not None
         _on_signals(starting.cancel)
+        catalog, fleet = Catalog([]), Fleet()
+        app = App(catalog, self.keys, self.ledger, style=self.style)
+        server = _Server(_configure(app))
+        read = functools.partial(read_target, self.path, self.settings)
+        requests = server.server_state.tasks
+        offering = Offering(self.path, read, catalog, fleet, lambda: requests)
+        host, port = listener.getsockname()[:2]
         with contextlib.suppress(asyncio.CancelledError):
-            async with self._started() as (chat, engine):
-                _give_back_memory()
-                catalog = Catalog(self._served(chat, engine))
-                server = _Server(_configure(App(catalog, keys, ledger)))
-                stop = _Stop(server, catalog, engine, self.settings.grace_s)
+            async with fleet, contextlib.AsyncExitStack() as closing:
+                closing.push_async_callback(app.close)
+                await offering.begin()
+                stop = _Stop(server, catalog, fleet, self.settings.grace_s)
                 _on_signals(stop.begin)
-                host, port = listener.getsockname()[:2]
-                ready(f"http://{host}:{port}/api/v1", first_key(keys))
-                await server.serve(sockets=[listener])
-
-    @contextlib.asynccontextmanager
-    async def _started(self) -> AsyncIterator[tuple[Chat, Engine]]:
-        """Reading a tokenizer takes a second, in which the engine loads its model."""
-        reading = asyncio.ensure_future(asyncio.to_thread(Chat, self.artefact.folder))
-        starting = asyncio.create_task(self._start_engine(reading))
-        try:
-            chat = await reading  # a broken tokenizer is the clearer fault, so it is told first
-        except BaseException:
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
-            raise
-        engine = await starting
-        try:
-            yield chat, engine
-        finally:
-            await engine.close()
-
-    async def _start_engine(self, chat: asyncio.Future[Chat]) -> Engine:
-        if self.files is None:
-            return await join_engines(self.chosen.urls, chat)
-        kind, run = self.chosen.kind, self.artefact.run
-        return await start_engine(kind, self.files, self.settings.room, chat, run)
-
-    def _served(self, chat: Chat, engine: Engine) -> list[Served]:
-        """What lies at the path, by itself or as its own adapter makes it; then the others."""
-        slug = self.settings.model or self.artefact.slug
-        own = self.artefact.slug if self.files and self.artefact.chosen.adapter else None
-        file = self.files.weights if self.files else self.artefact.tokenizer
-        created = int(file.stat().st_mtime)
-        engine_name = self.chosen.kind if self.files else "url"
-        names = {slug: own} | {other: other for other in self.settings.adapters}
-        return [
-            Served(name, chat, engine, created, adapter, author, engine_name)
-            for (author, _, name), adapter in ((s.partition("/"), a) for s, a in names.items())
-        ]
-
-
-def _give_back_memory() -> None:
-    """What reading a tokenizer has freed, tens of megabytes, glibc would keep."""
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
+                async with obeying(port, offering.reload), _alongside(offering.watch()):
+                    url = f"http://{host}:{port}/api/v1"
+                    ready(url, first_key(self.keys), catalog.models)
+                    await server.serve(sockets=[listener])
 
 
 @contextlib.contextmanager
-def _listen(settings: Settings) -> Iterator[socket.socket]:
+def _listen(host: str, port: int) -> Iterator[socket.socket]:
     """Take the port first: a model is not loaded for a port that is not free.
 
     A port is only taken by listening; two may bind it. A connection waits until we are ready.
@@ -183,13 +111,24 @@ def _listen(settings: Settings) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind((settings.host, settings.port))
+            listener.bind((host, port))
             listener.listen()
         except (OSError, OverflowError) as error:
             raise PipelineError(
-                f"cannot listen on {settings.host}:{settings.port}: {error}; choose another port"
+                f"cannot listen on {host}:{port}: {error}; choose another port"
             ) from error
         yield listener
+
+
+@contextlib.asynccontextmanager
+async def _alongside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Meanwhile, and no longer."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _on_signals(action: Callable[[], object]) -> None:
@@ -222,10 +161,10 @@ class _Server(uvicorn.Server):
 class _Stop:
     """What a signal does: nothing new begins, running replies end, then the server does."""
 
-    def __init__(self, server: _Server, catalog: Catalog, engine: Engine, grace_s: float) -> None:
+    def __init__(self, server: _Server, catalog: Catalog, fleet: Fleet, grace_s: float) -> None:
         self._server = server
         self._catalog = catalog
-        self._engine = engine
+        self._fleet = fleet
         self._grace_s = grace_s
         self._again = asyncio.Event()
         self._draining: asyncio.Task[None] | None = None
@@ -236,8 +175,7 @@ class _Stop:
             self._again.set()
             return
         self._catalog.is_draining = True
-        if isinstance(self._engine, Supervisor):
-            self._engine.drain()
+        self._fleet.drain()
         self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
@@ -251,6 +189,6 @@ class _Stop:
             again.cancel()
             if not ending.done():
                 log.warning("the replies that are still running are dropped")
-                await self._engine.close()  # each is told that its engine has gone
+                await self._fleet.close()  # each is told that its engine has gone
                 await asyncio.wait({ending}, timeout=_DROPPED_S)
         self._server.should_exit = True

@@ -11,6 +11,8 @@ class StopStrings:
 
     def feed(self, text: str) -> str:
         """Take the next text, give what is certainly before any stop."""
+        if not self._stops:
+            return text
         text = self._held + text
         # The stop that is complete first wins, so chunk boundaries cannot decide between two.
         found = [(text.find(stop) + len(stop), len(stop)) for stop in self._stops if stop in text]

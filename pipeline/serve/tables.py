@@ -6,6 +6,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     ForeignKey,
+    Index,
     Integer,
     MetaData,
     String,
@@ -61,4 +62,9 @@ generations = Table(
     Column("external_user", Text),
     Column("session_id", Text),
     Column("cost_picodollars", BigInteger, nullable=False),
+    Column("provider", Text, nullable=False, server_default="Pipeline"),
+    Column("user_agent", Text),
+    Column("preset", Text),
+    Column("cache_source", Text),
+    Index(None, "key_id", "created_ms"),
 )

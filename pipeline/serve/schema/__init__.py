@@ -8,35 +8,20 @@ from pipeline.serve.schema.common import (
     generation_id,
     ignored_header,
 )
-from pipeline.serve.schema.endpoints import all_endpoints_body, endpoints_body, providers_body
-from pipeline.serve.schema.models import (
-    count_body,
-    model_body,
-    model_document,
-    models_body,
-    supported_parameters,
-)
-from pipeline.serve.schema.reply import (
-    DONE,
-    KEEP_ALIVE,
-    Completion,
-    Heading,
-    completion_body,
-)
+from pipeline.serve.schema.models import count_body, model_body, model_document, models_body
+from pipeline.serve.schema.provider import provider_models_body
+from pipeline.serve.schema.reply import KEEP_ALIVE, ChatWriter
+from pipeline.serve.schema.supported import PARAMETERS, supported_parameters
 
 __all__ = [
-    "DONE",
     "INTERNAL_ERROR",
     "KEEP_ALIVE",
+    "PARAMETERS",
     "PROVIDER",
-    "Completion",
-    "Heading",
+    "ChatWriter",
     "activity_body",
-    "all_endpoints_body",
-    "completion_body",
     "count_body",
     "credits_body",
-    "endpoints_body",
     "error_body",
     "generation_body",
     "generation_id",
@@ -45,6 +30,6 @@ __all__ = [
     "model_body",
     "model_document",
     "models_body",
-    "providers_body",
+    "provider_models_body",
     "supported_parameters",
 ]

@@ -1,23 +1,24 @@
-"""A key, its generations and its days on the wire; everything is free."""
+"""A key, its generations and its days on the wire."""
 
 import datetime
 from collections.abc import Sequence
 from typing import Any
 
 from pipeline.serve.keys import Key
-from pipeline.serve.ledger import DailyUse, Generation
+from pipeline.serve.ledger import DailyUse, Generation, Spent
+from pipeline.serve.price import usd_number
 from pipeline.serve.schema.common import PROVIDER
 
-_PICODOLLARS = 10**12
 
-
-def key_body(key: Key | None) -> dict[str, Any]:
+def key_body(key: Key | None, spent: Spent) -> dict[str, Any]:
     """GET /key; None is whoever asks a server that wants no key."""
     used = {
-        f"{kind}{period}": 0
-        for kind in ("usage", "byok_usage")
-        for period in ("", "_daily", "_weekly", "_monthly")
+        "usage": usd_number(spent.ever),
+        "usage_daily": usd_number(spent.today),
+        "usage_weekly": usd_number(spent.this_week),
+        "usage_monthly": usd_number(spent.this_month),
     }
+    used |= {f"byok_{name}": 0 for name in used}
     data = {
         "label": key.label if key else "none",
         "limit": None,
@@ -46,9 +47,9 @@ def key_body(key: Key | None) -> dict[str, Any]:
     return {"data": data}
 
 
-def credits_body() -> dict[str, Any]:
-    """GET /credits: none are sold, and none are used up."""
-    return {"data": {"total_credits": 0, "total_usage": 0}}
+def credits_body(spent: Spent) -> dict[str, Any]:
+    """GET /credits: none are sold; what is used is owed."""
+    return {"data": {"total_credits": 0, "total_usage": usd_number(spent.ever)}}
 
 
 def generation_body(generation: Generation) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def generation_body(generation: Generation) -> dict[str, Any]:
 
 
 def _counts(generation: Generation) -> dict[str, Any]:
-    cost = generation.cost_picodollars / _PICODOLLARS
+    cost = usd_number(generation.cost_picodollars)
     return {
         "total_cost": cost,
         "usage": cost,
@@ -77,7 +78,7 @@ def _course(generation: Generation) -> dict[str, Any]:
     created = datetime.datetime.fromtimestamp(generation.created_ms / 1000, datetime.UTC)
     response = {
         "status": None if generation.error_type else 200,
-        "provider_name": PROVIDER,
+        "provider_name": generation.provider,
         "latency": generation.latency_ms,
         "is_byok": False,
         "endpoint_id": generation.model,
@@ -87,7 +88,7 @@ def _course(generation: Generation) -> dict[str, Any]:
         "id": generation.id,
         "created_at": created.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "model": generation.model,
-        "provider_name": PROVIDER,
+        "provider_name": generation.provider,
         "provider_responses": [response],
         "api_type": "completions",
         "data_region": "global",
@@ -101,6 +102,9 @@ def _course(generation: Generation) -> dict[str, Any]:
         "http_referer": generation.http_referer,
         "external_user": generation.external_user,
         "session_id": generation.session_id,
+        "user_agent": generation.user_agent,
+        "preset_id": generation.preset,
+        "response_cache_source_id": generation.cache_source,
     }
 
 
@@ -115,13 +119,10 @@ def _absent() -> dict[str, None]:
         "num_media_completion",
         "num_media_prompt",
         "num_search_results",
-        "preset_id",
         "request_id",
-        "response_cache_source_id",
         "router",
         "service_tier",
         "upstream_id",
-        "user_agent",
         "web_search_engine",
         "workspace_id",
     )
@@ -140,7 +141,7 @@ def _activity_item(use: DailyUse) -> dict[str, Any]:
         "model_permaslug": use.model,
         "endpoint_id": use.model,
         "provider_name": PROVIDER,
-        "usage": use.cost_picodollars / _PICODOLLARS,
+        "usage": usd_number(use.cost_picodollars),
         "byok_usage_inference": 0,
         "requests": use.requests,
         "prompt_tokens": use.prompt_tokens,

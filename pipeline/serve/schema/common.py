@@ -9,8 +9,9 @@ from urllib.parse import quote
 from pipeline.errors import Availability, RequestError
 
 PROVIDER = "Pipeline"
+TOKENIZER = "Qwen3"
 DOCS_URL = "https://openrouter.ai/docs"
-INTERNAL_ERROR = "Internal Server Error"
+INTERNAL_ERROR, INTERNAL_STATUS = "Internal Server Error", 500
 _LETTERS = string.ascii_letters + string.digits
 _MAX_NAMES = 32
 
@@ -26,7 +27,11 @@ def ignored_header(names: Sequence[str]) -> str:
     return ", ".join([*shown, "..."] if len(names) > _MAX_NAMES else shown)
 
 
-def error_body(error: RequestError, asked_models: Sequence[str] = ()) -> dict[str, Any]:
+def error_body(
+    error: RequestError,
+    asked_models: Sequence[str] = (),
+    metadata: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """The one shape of every failure; the models are those that the client named."""
     body: dict[str, Any] = {
         "code": error.status,
@@ -45,7 +50,9 @@ def error_body(error: RequestError, asked_models: Sequence[str] = ()) -> dict[st
                 **_others(error.availability, error.retry_after_s),
             },
         }
-    return {"error": body}
+    # What went wrong inside is nobody's business, nor is how the request got there.
+    shown = metadata if error.status != INTERNAL_STATUS else None
+    return {"error": body} | ({"openrouter_metadata": shown} if shown else {})
 
 
 def _others(availability: Availability, retry_after_s: int | None) -> dict[str, Any]:
@@ -55,6 +62,8 @@ def _others(availability: Availability, retry_after_s: int | None) -> dict[str, 
         body["retry_after"] = retry_after_s
     if availability.fallback_models:
         body["fallback_models"] = list(availability.fallback_models)
+    if availability.excluded_by:
+        body["excluded_by"] = list(availability.excluded_by)
     if availability.constraint:
         field, detail = availability.constraint
         body["constraint"] = {"field": field, "detail": detail}

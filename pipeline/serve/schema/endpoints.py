@@ -1,49 +1,51 @@
-"""Where a model is served, on the wire: by this machine and nobody else."""
+"""Where a model is served, on the wire: by this machine, and by servers elsewhere."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from pipeline.serve.catalog import Served
-from pipeline.serve.schema.common import PROVIDER
-from pipeline.serve.schema.models import PRICING, architecture, description, supported_parameters
+from pipeline.serve.endpoint import Endpoint
+from pipeline.serve.schema.models import architecture, description, pricing
 
-_TAG = PROVIDER.lower()
 _HEALTHY, _DOWN = 0, -10
+Seen = tuple[Endpoint, bool]
+"""An endpoint, and whether it is well."""
 
 
-def endpoints_body(served: Served, is_healthy: bool) -> dict[str, Any]:
+def endpoints_body(served: Served, endpoints: Sequence[Seen]) -> dict[str, Any]:
     """GET /models/AUTHOR/SLUG/endpoints."""
     data = {
         "id": served.slug,
-        "name": served.name,
+        "name": served.shown_title,
         "created": served.created,
         "description": description(served),
         "architecture": architecture(),
-        "endpoints": [endpoint_document(served, is_healthy)],
+        "endpoints": [endpoint_document(*seen) for seen in endpoints],
     }
     return {"data": data}
 
 
-def all_endpoints_body(models: Sequence[tuple[Served, bool]]) -> dict[str, Any]:
-    """GET /endpoints/zdr: all of them, as no word of a request is kept; each with its health."""
-    return {"data": [endpoint_document(served, is_healthy) for served, is_healthy in models]}
+def all_endpoints_body(endpoints: Sequence[Seen]) -> dict[str, Any]:
+    """GET /endpoints/zdr: those that keep no word of a request."""
+    return {"data": [endpoint_document(*seen) for seen in endpoints if seen[0].keeps_nothing]}
 
 
-def endpoint_document(served: Served, is_healthy: bool) -> dict[str, Any]:
+def endpoint_document(endpoint: Endpoint, is_healthy: bool) -> dict[str, Any]:
     """What was not measured, or is not known, is null."""
-    can_choose = "grammar" in served.engine.capabilities
+    served, parameters = endpoint.served, endpoint.parameters
+    can_choose = "tool_choice" in parameters
     return {
-        "name": f"{PROVIDER} | {served.slug}",
+        "name": f"{endpoint.provider} | {served.slug}",
         "model_id": served.slug,
-        "model_name": served.name,
+        "model_name": served.shown_title,
         "context_length": served.context_tokens,
-        "pricing": {**PRICING, "discount": 0},
-        "provider_name": PROVIDER,
-        "tag": _TAG,
-        "quantization": None,
-        "max_completion_tokens": served.context_tokens,
+        "pricing": {**pricing(endpoint.price or served.price), "discount": 0},
+        "provider_name": endpoint.provider,
+        "tag": endpoint.tag,
+        "quantization": endpoint.quantization,
+        "max_completion_tokens": served.max_completion_tokens,
         "max_prompt_tokens": None,
-        "supported_parameters": supported_parameters(served.engine.capabilities),
+        "supported_parameters": sorted(parameters),
         "status": _HEALTHY if is_healthy else _DOWN,
         "uptime_last_5m": None,
         "uptime_last_30m": None,
@@ -64,15 +66,15 @@ def endpoint_document(served: Served, is_healthy: bool) -> dict[str, Any]:
     }
 
 
-def providers_body() -> dict[str, Any]:
-    """GET /providers."""
-    provider = {
-        "name": PROVIDER,
-        "slug": _TAG,
-        "privacy_policy_url": None,
-        "terms_of_service_url": None,
-        "status_page_url": None,
-        "headquarters": None,
-        "datacenters": None,
-    }
-    return {"data": [provider]}
+def providers_body(providers: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """GET /providers: who answers, each by name and slug."""
+    unknown = dict.fromkeys(
+        (
+            "privacy_policy_url",
+            "terms_of_service_url",
+            "status_page_url",
+            "headquarters",
+            "datacenters",
+        )
+    )
+    return {"data": [{"name": name, "slug": slug, **unknown} for name, slug in providers]}

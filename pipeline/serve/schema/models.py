@@ -3,42 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.engine.protocol import Capability
 from pipeline.serve.catalog import Served
+from pipeline.serve.price import Price, usd_text
 from pipeline.serve.reasoning import SHARES
-
-# Only what is honoured, never what is merely accepted.
-_ALWAYS_SUPPORTED = (
-    "include_reasoning",
-    "max_completion_tokens",
-    "max_tokens",
-    "parallel_tool_calls",
-    "reasoning",
-    "reasoning_effort",
-    "stop",
-    "temperature",
-    "tools",
-    "top_p",
-)
-_SUPPORTED_BY: dict[Capability, tuple[str, ...]] = {
-    "frequency_penalty": ("frequency_penalty",),
-    "grammar": ("response_format", "structured_outputs", "tool_choice"),
-    "logit_bias": ("logit_bias",),
-    "logprobs": ("logprobs", "top_logprobs"),
-    "min_p": ("min_p",),
-    "presence_penalty": ("presence_penalty",),
-    "repetition_penalty": ("repetition_penalty",),
-    "seed": ("seed",),
-    "top_k": ("top_k",),
-}
-PRICING = {"prompt": "0", "completion": "0", "request": "0", "image": "0"}
-"""USD a token: everything is free."""
-
-
-def supported_parameters(able: frozenset[Capability]) -> list[str]:
-    """What is honoured over an engine that can do this."""
-    by_engine = [name for capability in able for name in _SUPPORTED_BY.get(capability, ())]
-    return sorted([*_ALWAYS_SUPPORTED, *by_engine])
+from pipeline.serve.schema.common import TOKENIZER
+from pipeline.serve.schema.provider import legacy_keys
+from pipeline.serve.schema.supported import supported_parameters
 
 
 def models_body(
@@ -63,21 +33,28 @@ def model_document(served: Served) -> dict[str, Any]:
     return {
         "id": served.slug,
         "canonical_slug": served.slug,
-        "hugging_face_id": None,
-        "name": served.name,
+        "hugging_face_id": served.hugging_face_id,
+        "name": served.shown_title,
         "created": served.created,
         "description": description(served),
         "context_length": served.context_tokens,
         "architecture": architecture(),
-        "pricing": PRICING,
+        "pricing": pricing(served.price),
         "top_provider": {
             "context_length": served.context_tokens,
-            "max_completion_tokens": served.context_tokens,
+            "max_completion_tokens": served.max_completion_tokens,
             "is_moderated": False,
         },
         "per_request_limits": None,
         "supported_parameters": supported_parameters(served.engine.capabilities),
-        "default_parameters": {"temperature": 0.6, "top_p": 0.95, "top_k": 20},
+        "default_parameters": {
+            "temperature": 0.6,
+            "top_p": 0.95,
+            "top_k": 20,
+            "frequency_penalty": None,
+            "presence_penalty": None,
+            "repetition_penalty": None,
+        },
         "reasoning": {
             "mandatory": False,
             "default_enabled": True,
@@ -88,12 +65,21 @@ def model_document(served: Served) -> dict[str, Any]:
         "knowledge_cutoff": None,
         "expiration_date": None,
         "links": {"details": f"/api/v1/models/{served.slug}/endpoints"},
+        **legacy_keys(served, served.listing),
     }
 
 
 def description(served: Served) -> str:
-    """One sentence."""
-    return f"{served.name}, served by this machine."
+    """A sentence at least."""
+    return served.about or f"{served.shown_title}, served by this machine."
+
+
+def pricing(price: Price) -> dict[str, str]:
+    """USD a token, or a request; what is not sold is left out."""
+    prices = {"prompt": price.prompt, "completion": price.completion, "request": price.request}
+    if price.cached is not None:
+        prices["input_cache_read"] = price.cached
+    return {name: usd_text(amount) for name, amount in prices.items()} | {"image": "0"}
 
 
 def architecture() -> dict[str, Any]:
@@ -102,6 +88,6 @@ def architecture() -> dict[str, Any]:
         "modality": "text->text",
         "input_modalities": ["text"],
         "output_modalities": ["text"],
-        "tokenizer": "Qwen3",
+        "tokenizer": TOKENIZER,
         "instruct_type": "qwen3",
     }

@@ -1,26 +1,31 @@
-"""A reply on the wire: chunks of a stream, or one whole completion, from the same events."""
+"""A reply of chat/completions: chunks of a stream, or one completion, from the same events."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
+
 from pipeline.chat import Chat
 from pipeline.engine.protocol import TokenLogprob
 from pipeline.errors import RequestError
-from pipeline.serve.events import Called, Ended, Event, Said, Usage
-from pipeline.serve.schema.common import PROVIDER, call_id, error_body
+from pipeline.serve.events import Called, Ended, Event, Said
+from pipeline.serve.price import usd_number
+from pipeline.serve.schema.common import call_id, error_body
+from pipeline.serve.skin import Bill, Heading, UsageChunk
 
 KEEP_ALIVE = b": OPENROUTER PROCESSING\n\n"
 DONE = b"data: [DONE]\n\n"
 
 
-def usage_object(usage: Usage) -> dict[str, Any]:
-    """Counts by the model's own tokenizer; everything is free."""
+def usage_object(bill: Bill) -> dict[str, Any]:
+    """Counts by the model's own tokenizer, and what they cost."""
+    usage, cost = bill.usage, bill.cost
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "cost": 0,
+        "cost": usd_number(cost.total),
         "is_byok": False,
         "prompt_tokens_details": {
             "cached_tokens": usage.cached_tokens,
@@ -29,9 +34,9 @@ def usage_object(usage: Usage) -> dict[str, Any]:
             "video_tokens": 0,
         },
         "cost_details": {
-            "upstream_inference_cost": 0,
-            "upstream_inference_prompt_cost": 0,
-            "upstream_inference_completions_cost": 0,
+            "upstream_inference_cost": usd_number(cost.total),
+            "upstream_inference_prompt_cost": usd_number(cost.prompt),
+            "upstream_inference_completions_cost": usd_number(cost.completion),
         },
         "completion_tokens_details": {
             "reasoning_tokens": usage.reasoning_tokens,
@@ -62,46 +67,111 @@ def logprobs_object(chat: Chat, tokens: Sequence[TokenLogprob]) -> dict[str, Any
 
 
 @dataclass(frozen=True)
-class Heading:
-    """What all objects of one reply begin with."""
+class ChatStyle:
+    """Where servers that speak chat/completions differ."""
 
-    id: str
-    created: int
-    model: str
-    chat: Chat
-    has_logprobs: bool = False
+    usage_chunk: UsageChunk = "empty"
+    has_reasoning_content: bool = False
+    """Whether reasoning also stands under the name that engines have for it, for routers."""
 
-    def chunk(self, choices: list[dict[str, Any]], **others: Any) -> dict[str, Any]:
-        """One chunk of a stream."""
+
+USUAL = ChatStyle()
+
+
+class ChatWriter:
+    """A Writer of chat/completions."""
+
+    def __init__(self, heading: Heading, style: ChatStyle = USUAL) -> None:
+        self._heading = heading
+        self._style = style
+        self._last_end: list[dict[str, Any]] = []
+        self._completions = [Completion(index) for index in range(heading.num_choices)]
+
+    def begin(self, echo: dict[str, Any] | None) -> bytes:
+        """A chunk of its own for the engine's order, if it is wanted."""
+        if echo is None:
+            return KEEP_ALIVE
+        return KEEP_ALIVE + frame(self._chunk([], debug={"echo_upstream_body": echo}))
+
+    def frames(self, index: int, event: Event) -> bytes:
+        """An event of a choice as chunks."""
+        if isinstance(event, Said):
+            choice = _choice(index, self._said(event))
+            if event.logprobs:
+                choice["logprobs"] = logprobs_object(self._heading.chat, event.logprobs)
+            return frame(self._chunk([choice]))
+        if isinstance(event, Called):
+            chunks = [self._chunk([_choice(index, delta)]) for delta in _called(event)]
+            return b"".join(map(frame, chunks))
+        end = {"role": "assistant", "content": ""}
+        self._last_end = [_choice(index, end, event.finish, event.native_finish)]
+        return frame(self._chunk(self._last_end))
+
+    def finish(self, bill: Bill) -> bytes:
+        """The usage, in a chunk of its own."""
+        choices = self._last_end if self._style.usage_chunk == "repeat" else []
+        return frame({**self._chunk(choices), **_ending(bill)}) + DONE
+
+    def fail(self, error: RequestError, bill: Bill) -> bytes:  # noqa: ARG002 - others bill here
+        """The one event that ends a stream which has broken."""
+        choice = _choice(0, {"content": ""}, "error", "error")
+        return frame(self._chunk([choice], **error_body(error))) + DONE
+
+    def add(self, index: int, event: Event) -> None:
+        """Take the next event of a choice."""
+        self._completions[index].add(event)
+
+    def body(self, bill: Bill, error: RequestError | None) -> dict[str, Any]:
+        """The whole of a reply that is not streamed."""
+        heading = self._heading
+        choices = [completion.choice(heading, error) for completion in self._completions]
+        if self._style.has_reasoning_content:
+            for choice in choices:
+                choice["message"]["reasoning_content"] = choice["message"]["reasoning"]
         return {
-            "id": self.id,
+            "id": heading.id,
+            "object": "chat.completion",
+            "created": heading.created,
+            "model": heading.model,
+            "provider": heading.provider,
+            "system_fingerprint": None,
+            "service_tier": None,
+            "choices": choices,
+            **_ending(bill),
+        }
+
+    def _said(self, event: Said) -> dict[str, Any]:
+        if event.channel == "answer":
+            return {"role": "assistant", "content": event.text}
+        twice = {"reasoning_content": event.text} if self._style.has_reasoning_content else {}
+        return {
+            "role": "assistant",
+            "content": "",
+            "reasoning": event.text,
+            "reasoning_details": _reasoning_details(event.text),
+            **twice,
+        }
+
+    def _chunk(self, choices: list[dict[str, Any]], **others: Any) -> dict[str, Any]:
+        return {
+            "id": self._heading.id,
             "object": "chat.completion.chunk",
-            "created": self.created,
-            "model": self.model,
-            "provider": PROVIDER,
+            "created": self._heading.created,
+            "model": self._heading.model,
+            "provider": self._heading.provider,
             **others,
             "choices": choices,
         }
 
-    def chunks(self, index: int, event: Event) -> list[dict[str, Any]]:
-        """An event of a choice as chunks."""
-        if isinstance(event, Said):
-            choice = _choice(index, _said(event))
-            if event.logprobs:
-                choice["logprobs"] = logprobs_object(self.chat, event.logprobs)
-            return [self.chunk([choice])]
-        if isinstance(event, Called):
-            return [self.chunk([_choice(index, delta)]) for delta in _called(event)]
-        end = {"role": "assistant", "content": ""}
-        return [self.chunk([_choice(index, end, event.finish, event.native_finish)])]
 
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        """The last one."""
-        return {**self.chunk([]), "usage": usage_object(usage)}
+def frame(value: dict[str, Any]) -> bytes:
+    """One event of a stream, without a name."""
+    return b"data: " + orjson.dumps(value) + b"\n\n"
 
-    def error_chunk(self, error: RequestError) -> dict[str, Any]:
-        """The one event that ends a stream which has broken."""
-        return self.chunk([_choice(0, {"content": ""}, "error", "error")], **error_body(error))
+
+def _ending(bill: Bill) -> dict[str, Any]:
+    metadata = {"openrouter_metadata": bill.metadata} if bill.metadata else {}
+    return {"usage": usage_object(bill), **metadata}
 
 
 def _choice(
@@ -112,17 +182,6 @@ def _choice(
         "delta": delta,
         "finish_reason": finish,
         "native_finish_reason": native_finish,
-    }
-
-
-def _said(event: Said) -> dict[str, Any]:
-    if event.channel == "answer":
-        return {"role": "assistant", "content": event.text}
-    return {
-        "role": "assistant",
-        "content": "",
-        "reasoning": event.text,
-        "reasoning_details": _reasoning_details(event.text),
     }
 
 
@@ -196,23 +255,3 @@ class Completion:
         if self.calls:
             message["tool_calls"] = self.calls
         return message
-
-
-def completion_body(
-    heading: Heading,
-    completions: Sequence[Completion],
-    usage: Usage,
-    error: RequestError | None = None,
-) -> dict[str, Any]:
-    """The whole of a reply that is not streamed."""
-    return {
-        "id": heading.id,
-        "object": "chat.completion",
-        "created": heading.created,
-        "model": heading.model,
-        "provider": PROVIDER,
-        "system_fingerprint": None,
-        "service_tier": None,
-        "choices": [completion.choice(heading, error) for completion in completions],
-        "usage": usage_object(usage),
-    }

@@ -1,0 +1,63 @@
+"""A text continued as it stands: an engine's deltas as events, with no dialogue read into them."""
+
+import contextlib
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+
+from pipeline.engine.protocol import Delta, Engine, TokenLogprob
+from pipeline.errors import EngineError
+from pipeline.serve.events import Ended, Event, Said, Tally, Usage
+from pipeline.serve.order import Order
+from pipeline.serve.stops import StopStrings
+
+
+async def continue_text(order: Order, engine: Engine, tally: Tally) -> AsyncGenerator[Event, None]:
+    """Closing this generator, or a stop string, cancels the engine's work.
+
+    `tally` is kept up to date before each event.
+    """
+    tally.usage = Usage(prompt_tokens=len(order.prompt_ids))
+    stops, tokens = StopStrings(order.stops), _Tokens()
+    deltas = engine.generate(order.prompt_ids, order.sampling, order.lane)
+    async with contextlib.aclosing(deltas):
+        async for delta in deltas:
+            _count(delta, tally)
+            tokens.add(delta)
+            text = stops.feed(delta.text)
+            if delta.finish is not None and not stops.is_met:
+                text += stops.finish()
+            if text:
+                yield Said("answer", text, tokens.of(text))
+            if stops.is_met or delta.finish is not None:
+                finish = "stop" if stops.is_met or delta.finish is None else delta.finish
+                yield Ended(finish, finish)
+                return
+    raise EngineError("the engine ended its text without saying why")
+
+
+def _count(delta: Delta, tally: Tally) -> None:
+    usage = tally.usage
+    tally.usage = replace(
+        usage,
+        completion_tokens=usage.completion_tokens + delta.num_tokens,
+        cached_tokens=max(usage.cached_tokens, delta.num_cached_tokens),
+    )
+
+
+class _Tokens:
+    """Hands out tokens with the text they begin in: a stop may hold some back, or cut them off."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[int, TokenLogprob]] = []
+        self._num_read = 0
+        self._num_told = 0
+
+    def add(self, delta: Delta) -> None:
+        self._waiting += [(self._num_read, token) for token in delta.logprobs]
+        self._num_read += len(delta.text)
+
+    def of(self, text: str) -> tuple[TokenLogprob, ...]:
+        self._num_told += len(text)
+        told = tuple(token for place, token in self._waiting if place < self._num_told)
+        self._waiting = self._waiting[len(told) :]
+        return told

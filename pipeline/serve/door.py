@@ -1,0 +1,39 @@
+"""How many requests an engine may have before it: the rest are told at once to come back."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline.errors import Availability, RequestError
+
+WAIT_S = 1
+"""When who was turned away may try again."""
+
+
+@dataclass
+class Door:
+    """One for each engine, shared by the models that it makes."""
+
+    max_inside: int | None = None
+    """Being answered and waiting for it, together; None lets everybody in."""
+    num_inside: int = 0
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """While a request is answered; RequestError 429 where there is no room to wait in.
+
+        A router asks elsewhere then, and a reply that waits long for its turn is of no use to it.
+        """
+        if self.max_inside is not None and self.num_inside >= self.max_inside:
+            raise RequestError(
+                "Rate limit exceeded: as many requests wait for this model as may",
+                429,
+                "rate_limit_exceeded",
+                WAIT_S,
+                Availability("capacity_exhausted", retryable=True),
+            )
+        self.num_inside += 1
+        try:
+            yield
+        finally:
+            self.num_inside -= 1
