@@ -189,21 +189,6 @@ def test_nothing_is_taken_after_the_end(ledger: Ledger):
         asyncio.run(ledger.record(generation()))
 
 
-def test_a_failure_of_the_database_is_told_and_the_next_row_is_written(
-    books: Engine, ledger: Ledger
-):
-    with books.begin() as connection:
-        connection.exec_driver_sql("ALTER TABLE generations RENAME TO hidden")
-    with pytest.raises(BooksError, match="no such table"):
-        asyncio.run(ledger.record(generation()))
-
-    with books.begin() as connection:
-        connection.exec_driver_sql("ALTER TABLE hidden RENAME TO generations")
-    asyncio.run(ledger.record(generation()))
-
-    assert count(books) == 1
-
-
 def test_what_a_key_has_spent_counts_from_the_beginning_of_day_week_and_month(
     books: Engine, ledger: Ledger
 ):

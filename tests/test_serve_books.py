@@ -112,6 +112,19 @@ def test_books_that_cannot_be_written_hold_no_reply_up(
     assert "after the ledger was closed" in caplog.text
 
 
+def test_who_cannot_be_looked_up_is_told_to_come_back(serving: Any, books: Engine) -> None:
+    with books.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE keys RENAME TO hidden")
+    with (
+        serving(ScriptedEngine(THOUGHT), keys=Keys(books)) as base,
+        Server(f"{base}/v1", "sk-or-v1-any").post({"messages": MESSAGES}) as response,
+    ):
+        body = json.loads(response.read())
+
+    assert (response.status, response.headers["Retry-After"]) == (503, "5")
+    assert "books" in body["error"]["message"]
+
+
 def test_an_engine_that_is_down_says_when_to_come_back(serving: Any) -> None:
     class Down(ScriptedEngine):
         """As a supervisor is while it starts its engine again."""

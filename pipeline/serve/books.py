@@ -43,7 +43,7 @@ def open_books(where: str | None = None) -> Iterator[Engine]:
     try:
         engine = create_engine(url)
     except (ArgumentError, ModuleNotFoundError) as error:
-        raise BooksError(f"{_shown(url)} cannot be opened: {error}; {OTHERS}") from error
+        raise BooksError(f"{shown(url)} cannot be opened: {error}; {OTHERS}") from error
     if file:
         _speak_sqlite(engine)
     try:
@@ -95,13 +95,14 @@ def _speak_sqlite(engine: Engine) -> None:
 
 
 def _bring_up_to_date(engine: Engine, file: Path | None) -> None:
-    shown = _shown(engine.url)
     try:
         with _locked(file.parent) if file else nullcontext():
             _migrate(engine)
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", error)).partition("\n")[0]
-        raise BooksError(f"{shown} cannot be used as books: {reason}; {OTHERS}") from error
+        raise BooksError(
+            f"{shown(engine.url)} cannot be used as books: {reason}; {OTHERS}"
+        ) from error
 
 
 def _version(engine: Engine) -> str:
@@ -119,7 +120,7 @@ def _migrate(engine: Engine) -> None:
         return
     if version > HEAD:
         raise BooksError(
-            f"{_shown(engine.url)} was written by a newer version of this program "
+            f"{shown(engine.url)} was written by a newer version of this program "
             f"(tables {version}, known here {HEAD}); update it, or {OTHERS}"
         )
     from alembic import command  # 12 MB that a server over finished tables does without
@@ -146,7 +147,7 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _shown(url: URL) -> str:
+def shown(url: URL) -> str:
     """What the user named, without its password."""
     if url.get_backend_name() == "sqlite":
         return str(url.database)

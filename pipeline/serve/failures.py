@@ -2,6 +2,8 @@
 
 import logging
 
+from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
+
 from pipeline.errors import (
     Availability,
     EngineDown,
@@ -11,6 +13,9 @@ from pipeline.errors import (
     RequestError,
 )
 from pipeline.serve.schema import INTERNAL_ERROR
+
+_BOOKS_AWAY = (OperationalError, InterfaceError, TimeoutError)
+_BOOKS_WAIT_S = 5
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +36,10 @@ def as_request_error(error: Exception) -> RequestError:
     if isinstance(error, EngineError):
         log.error("%s", error)
         return RequestError("Provider returned error", 502, "provider_unavailable")
+    if isinstance(error, _BOOKS_AWAY):
+        log.error("the books do not answer: %s", getattr(error, "orig", None) or error)
+        what = "The books of this server do not answer; try again"
+        return RequestError(what, 503, "provider_overloaded", _BOOKS_WAIT_S)
     log.error("a request failed", exc_info=error)
     return RequestError(INTERNAL_ERROR, 500, "server")
 

@@ -1,18 +1,26 @@
 """The ledger: one row for each generation, committed before its reply ends."""
 
 import asyncio
+import contextlib
 import datetime
-import queue
-import threading
-from collections.abc import Sequence
-from concurrent.futures import Future
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
 
-from sqlalchemy import BigInteger, Engine, cast, func, insert, select
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import BigInteger, Engine, cast, delete, false, func, select
+from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.errors import BooksError
 from pipeline.serve import tables
+from pipeline.serve.books import OTHERS, shown
+from pipeline.serve.journal import Journal
+from pipeline.serve.pending import JOURNAL, SPOOL, bring_in, pending_folder
+from pipeline.serve.spool import Spool
+from pipeline.serve.writer import State, Writer
+
+log = logging.getLogger(__name__)
 
 _EPOCH = datetime.date(1970, 1, 1)
 _DAY_MS = 24 * 60 * 60 * 1000
@@ -100,37 +108,51 @@ class Spent:
     this_month: int = 0
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A row on its way, and who waits for it."""
-
-    generation: Generation
-    written: "Future[None]"
-
-
 class Ledger:
-    """The generations in the books; a thread of its own writes what has gathered as one commit."""
+    """The generations in the books, and those that are on their way there."""
 
-    def __init__(self, books: Engine):
+    def __init__(self, books: Engine, folder: Path | None = None) -> None:
+        """`folder` is for what is not in the books yet; by default it lies beside them."""
         self._books = books
-        self._entries: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
-        self._writer = threading.Thread(target=self._write_all, name="ledger", daemon=True)
-        self._writer.start()
         self._is_closed = False
+        folder = folder or pending_folder(books.url)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            spool = Spool(folder / f"{uuid4().hex}{SPOOL}")
+        except OSError as error:
+            what = f"{error.filename or folder}: {error.strerror}"
+            raise BooksError(f"rows cannot be kept beside the books: {what}") from error
+        self._writer = Writer(books, spool)
+        self._journal = Journal(spool.file.with_suffix(JOURNAL))
+
+    @property
+    def state(self) -> State:
+        """How far the books are behind."""
+        return self._writer.state
 
     async def record(self, generation: Generation) -> None:
         """Return once the row is on the disk; BooksError if it cannot be written.
 
-        It is written all the same when the caller is cancelled meanwhile.
+        It is written all the same when the caller is cancelled meanwhile. While the books are away
+        it waits for them in a file.
         """
         if self._is_closed:
             raise BooksError(f"{generation.id} came after the ledger was closed")
-        entry = _Entry(generation, Future())
-        self._entries.put(entry)
-        await asyncio.wrap_future(entry.written)
+        await asyncio.wrap_future(self._writer.put(vars(generation)))
+
+    def follow(self, reply_id: str, so_far: Callable[[], Generation]) -> None:
+        """A reply begins: from now on it is booked as far as it has come if we are killed."""
+        self._journal.follow(reply_id, lambda: vars(so_far()))
+
+    def unfollow(self, reply_id: str) -> None:
+        """It has been recorded, or is not to be."""
+        self._journal.unfollow(reply_id)
 
     async def find(self, generation_id: str) -> Generation | None:
         """The row of that id, whosever it is."""
+        for row in self._writer.spool.rows:
+            if row["id"] == generation_id:
+                return Generation(**row)
         return await asyncio.to_thread(self._find, generation_id)
 
     async def daily_use(
@@ -145,9 +167,12 @@ class Ledger:
 
     def close(self) -> None:
         """Write what is on its way and stop."""
+        if self._is_closed:
+            return
         self._is_closed = True
-        self._entries.put(None)
-        self._writer.join()
+        self._writer.close()
+        self._journal.close()
+        self._writer.spool.close()
 
     def _find(self, generation_id: str) -> Generation | None:
         with self._books.connect() as connection:
@@ -193,43 +218,21 @@ class Ledger:
         with self._books.connect() as connection:
             return Spent(*map(int, connection.execute(found).one()))
 
-    def _write_all(self) -> None:
-        while True:
-            gathered = [self._entries.get()]
-            while not self._entries.empty():
-                gathered.append(self._entries.get())
-            entries = [entry for entry in gathered if entry]
-            if entries:
-                self._write(entries)
-            if None in gathered:
-                return
 
-    def _write(self, entries: Sequence[_Entry]) -> None:
-        """Commit all together; where one row is not fit to be written, each by itself."""
-        try:
-            with self._books.begin() as connection:
-                rows = [vars(entry.generation) for entry in entries]
-                connection.execute(insert(tables.generations), rows)
-        except IntegrityError as error:
-            if len(entries) == 1:
-                _tell(entries, error)
-            else:
-                for entry in entries:
-                    self._write([entry])
-        except Exception as error:  # noqa: BLE001 - the thread lives on, and who waits is told
-            _tell(entries, error)
-        else:
-            _tell(entries)
+@contextlib.contextmanager
+def open_ledger(books: Engine) -> Iterator[Ledger]:
+    """The ledger of books that can be written, with all that an earlier process left behind.
 
-
-def _tell(entries: Sequence[_Entry], error: Exception | None = None) -> None:
-    for entry in entries:
-        if not entry.written.set_running_or_notify_cancel():
-            continue  # nobody waits for it any more
-        if error is None:
-            entry.written.set_result(None)
-        else:
-            reason = getattr(error, "orig", None) or error  # SQLAlchemy's own text quotes the row
-            failure = BooksError(f"{entry.generation.id} was not written to the books: {reason}")
-            failure.__cause__ = error
-            entry.written.set_exception(failure)
+    BooksError for books that cannot.
+    """
+    try:
+        with books.begin() as connection:  # nothing, but only a writer may
+            connection.execute(delete(tables.generations).where(false()))
+        if num_rows := bring_in(books, pending_folder(books.url)):
+            log.warning("%d replies are booked that a server left behind", num_rows)
+    except SQLAlchemyError as error:
+        reason = getattr(error, "orig", None) or error
+        what = f"{shown(books.url)} cannot be written: {reason}"
+        raise BooksError(f"{what}; free it, or {OTHERS}") from error
+    with contextlib.closing(Ledger(books)) as ledger:
+        yield ledger

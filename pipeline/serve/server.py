@@ -22,7 +22,7 @@ from pipeline.serve.control import obeying
 from pipeline.serve.entries import read_entries
 from pipeline.serve.fleet import Fleet
 from pipeline.serve.keys import Keys, first_key
-from pipeline.serve.ledger import Ledger
+from pipeline.serve.ledger import Ledger, open_ledger
 from pipeline.serve.menu import Menu
 from pipeline.serve.offering import Offering
 from pipeline.serve.schema.reply import ChatStyle
@@ -51,7 +51,7 @@ def serve(path: Path, settings: Settings, ready: Ready) -> None:
     with (
         _listen(settings.host, port) as listener,
         open_books(settings.books or menu.books) as books,
-        contextlib.closing(Ledger(books)) as ledger,
+        open_ledger(books) as ledger,
         # Half of asyncio's own time for every event of a stream.
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
