@@ -33,6 +33,7 @@ async def ask(
     headers: Mapping[str, str] | None = None,
     body: bytes = b"",
     query: bytes = b"",
+    client: tuple[str, int] | None = None,
 ) -> Answer:
     """The path is decoded already, as a server gives it."""
     sent: list[Any] = []
@@ -48,7 +49,8 @@ async def ask(
         (name.lower().encode("latin-1"), text.encode("latin-1"))
         for name, text in (headers or {}).items()
     ]
-    scope = {"type": "http", "method": method, "path": path, "headers": pairs}
+    scope: dict[str, Any] = {"type": "http", "method": method, "path": path, "headers": pairs}
+    scope["client"] = client
     await app({**scope, "query_string": query}, receive, send)
     start, *bodies = sent
     named = {name.decode("latin-1"): text.decode("latin-1") for name, text in start["headers"]}

@@ -72,6 +72,15 @@ class Connection:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise self.died("does not answer") from error
 
+    async def text(self, path: str) -> str:
+        """What a path gives."""
+        try:
+            async with self._get(path) as response:
+                response.raise_for_status()
+                return await response.text()
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise self.died("does not answer") from error
+
     async def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The JSON object that a POST gives."""
         async with self._posted(path, body) as response:

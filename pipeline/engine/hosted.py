@@ -33,6 +33,10 @@ class Hosted:
         """Whether our child has ended by itself, or a failure sent somebody to its log."""
         return self.is_gone or self.connection.has_failed
 
+    async def metrics(self) -> str:
+        """What the engine counts, in Prometheus's text format."""
+        return await self.connection.text("/metrics")
+
     async def close(self) -> None:
         """Close every connection and end the child, if there is one; twice does no harm."""
         await self.connection.close()

@@ -60,6 +60,7 @@ def _parameters(arguments: argparse.Namespace) -> Any:
     parameters.cache_ram_mib = 0 if arguments.adapter else PROMPT_CACHE_MIB
     parameters.ctx_shift = False
     parameters.ui = False
+    parameters.endpoint_metrics = True
     return parameters
 
 

@@ -40,6 +40,10 @@ class OwnEngine(Engine, Protocol):
         """Whether its log may say why something went wrong."""
         ...
 
+    async def metrics(self) -> str:
+        """What it counts, in Prometheus's text format."""
+        ...
+
 
 Start = Callable[[Path], Awaitable[OwnEngine]]
 """Starts the engine, which writes to the log file it is given."""
@@ -121,6 +125,11 @@ class Supervisor:
     async def is_healthy(self) -> bool:
         """Whether requests are taken: it is ready, and as far as is known it lives."""
         return self.state == "ready"
+
+    async def metrics(self) -> str:
+        """The engine's own; empty while there is none."""
+        engine = self._engine
+        return await engine.metrics() if engine is not None and self._is_there else ""
 
     async def close(self) -> None:
         """End the process and its watch; twice does no harm."""

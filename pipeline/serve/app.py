@@ -15,6 +15,7 @@ from pipeline.serve.failures import as_request_error
 from pipeline.serve.inference import Inference
 from pipeline.serve.keys import Key, Keys
 from pipeline.serve.ledger import Ledger
+from pipeline.serve.metrics import CONTENT_TYPE, Metrics
 from pipeline.serve.models import Models
 from pipeline.serve.openapi.description import Description
 from pipeline.serve.response_cache import ResponseCache
@@ -65,6 +66,7 @@ class App:
 
     style: ChatStyle = USUAL
     cache: ResponseCache = field(default_factory=ResponseCache)
+    metrics: Metrics = field(default_factory=Metrics)
 
     async def close(self) -> None:
         """Let go of connections to servers elsewhere; the engines are their owner's."""
@@ -77,6 +79,7 @@ class App:
         of_server: dict[str, tuple[str, Handler]] = {
             "/health": ("GET", self._health),
             "/ready": ("GET", self._ready),
+            "/metrics": ("GET", self._metrics),
             "/openapi.json": ("GET", description.document),
             "/docs": ("GET", description.page),
             "/provider/v1/models": ("GET", models.for_routers),
@@ -107,12 +110,26 @@ class App:
 
     def _infer(self, skin: Skin) -> Handler:
         inference = Inference(
-            self.catalog, self.endpoints_of, self.ledger, self.cache, self.keep_alive_s
+            self.catalog,
+            self.endpoints_of,
+            self.ledger,
+            self.cache,
+            self.keep_alive_s,
+            self.metrics,
         )
 
         async def answer(exchange: Exchange) -> None:
-            exchange.skin = skin
-            await inference.answer(exchange, await self._admit(exchange), skin)
+            exchange.skin, key = skin, None
+            try:
+                key = await self._admit(exchange)
+                await inference.answer(exchange, key, skin)
+            except HungUp:
+                raise
+            except Exception as error:
+                failure = as_request_error(error)
+                if not exchange.is_counted:
+                    self.metrics.refused(failure.status, key)
+                raise failure from error
 
         return answer
 
@@ -127,9 +144,19 @@ class App:
         await exchange.answer({"status": "ok"}, 200, {})
 
     async def _ready(self, exchange: Exchange) -> None:
-        is_ready = await self.catalog.is_ready()
+        """Whether every engine answers, and what they say can be booked."""
+        is_ready = self.ledger is None or self.ledger.state.is_ready
+        is_ready = is_ready and await self.catalog.is_ready()
         status = "ready" if is_ready else "not ready"
         await exchange.answer({"status": status}, 200 if is_ready else 503, {})
+
+    async def _metrics(self, exchange: Exchange) -> None:
+        """To this machine as it is; to others, and through a proxy, for a key."""
+        if not exchange.is_local:
+            await self._admit(exchange)
+        page = await self.metrics.page(self.catalog, self.ledger)
+        await exchange.begin(200, CONTENT_TYPE, {"content-length": str(len(page))})
+        await exchange.write(page, more=False)
 
     async def _admit(self, exchange: Exchange) -> Key | None:
         """Whose request it is; RequestError 401 for one that must not be answered."""

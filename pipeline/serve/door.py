@@ -17,6 +17,13 @@ class Door:
     max_inside: int | None = None
     """Being answered and waiting for it, together; None lets everybody in."""
     num_inside: int = 0
+    slots: int | None = None
+    """Replies that the engine makes at once; None is not known."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Of those inside, how many the engine has not begun with."""
+        return max(0, self.num_inside - self.slots) if self.slots else 0
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:

@@ -27,6 +27,7 @@ _SHOWN = (
     "X-OpenRouter-Cache-TTL",
     "X-OpenRouter-Cache-Source-Id",
 )
+_OF_PROXIES = ("forwarded", "via", "x-forwarded-for", "x-real-ip")
 _FOR_BROWSERS = {
     "Access-Control-Allow-Origin": "*",
     "Access-Control-Expose-Headers": ", ".join(_SHOWN),
@@ -56,6 +57,8 @@ class Exchange:
         self.has_said = False
         """Whether anything followed it but what fills gaps."""
         self.is_over = False
+        self.is_counted = False
+        """Whether a metric has it."""
         self.asked_models: tuple[str, ...] = ()
         """As the client wrote them, as soon as it is known; for a failure to name."""
         self.skin: Skin = CHAT
@@ -77,6 +80,14 @@ class Exchange:
     def query(self) -> Mapping[str, str]:
         """What follows the path's question mark; what is blank counts as absent."""
         return dict(parse_qsl(self.scope.get("query_string", b"").decode("latin-1")))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it comes from this machine, and not through a proxy that runs here."""
+        host = (self.scope.get("client") or ("",))[0]
+        if any(name in self.headers for name in _OF_PROXIES):
+            return False
+        return host == "::1" or host.startswith("127.")
 
     async def read_body(self) -> bytes:
         """The request's body; RequestError 413 as soon as it is too long."""

@@ -19,6 +19,7 @@ from pipeline.serve.exchange import Exchange, HungUp, Opening
 from pipeline.serve.failures import as_request_error, is_passing
 from pipeline.serve.keys import Key
 from pipeline.serve.ledger import Ledger
+from pipeline.serve.metrics import Metrics
 from pipeline.serve.presets import with_preset
 from pipeline.serve.record import Arrival, Record
 from pipeline.serve.repeating import Repeating, find_wish
@@ -82,6 +83,7 @@ class Inference:
     ledger: Ledger | None
     cache: ResponseCache
     keep_alive_s: float
+    metrics: Metrics = field(default_factory=Metrics)
 
     async def answer(self, exchange: Exchange, key: Key | None, skin: Skin) -> None:
         """Raises what the client must be told, unless something was sent."""
@@ -112,7 +114,7 @@ class Inference:
         try:
             await self._send(asking, record, record.noted(answering.replies), headers)
         finally:
-            await self.book(record)
+            await self.book(asking, record)
 
     async def _try_all(self, asking: Asking) -> None:
         """Each endpoint until one has begun to answer; the last one's failure is the client's."""
@@ -139,6 +141,8 @@ class Inference:
         answering = await endpoint.prepare(asking.request, _lane(asking))
         keeps = asking.repeating is not None
         record = Record(asking.arrival, asking.request, answering, keeps_events=keeps)
+        if self.ledger:
+            self.ledger.follow(record.id, record.generation)
         try:
             with endpoint.door.entered():
                 await self._reply(asking, record)
@@ -151,7 +155,9 @@ class Inference:
             record.is_booked |= not is_last and not asking.exchange.has_said
             raise record.error from error  # so that it is told, and logged, once
         finally:
-            await self.book(record)
+            await self.book(asking, record)
+            if self.ledger:
+                self.ledger.unfollow(record.id)
 
     async def _reply(self, asking: Asking, record: Record) -> None:
         answering = record.answering
@@ -180,19 +186,23 @@ class Inference:
             asking.skin.writer(heading),
             {**_headers(heading, answering), **headers},
             functools.partial(asking.metadata, answering),
-            functools.partial(self.book, record),
+            functools.partial(self.book, asking, record),
             request.has_plugin(HEALING) and _is_json(request),
         )
         send = send_stream if request.stream else send_whole
         await send(asking.exchange, reply, events)
 
-    async def book(self, record: Record) -> None:
-        """Into the ledger, once; a reply is not held up by books that cannot be written."""
-        if self.ledger is None or record.is_booked:
+    async def book(self, asking: Asking, record: Record) -> None:
+        """Into metrics and ledger, once; books that cannot be written hold no reply up."""
+        if record.is_booked:
             return
-        record.is_booked = True
+        record.is_booked = asking.exchange.is_counted = True
+        generation = record.generation()
+        self.metrics.replied(generation, record.status, record.gaps)
+        if self.ledger is None:
+            return
         try:
-            await self.ledger.record(record.generation())
+            await self.ledger.record(generation)
         except BooksError as error:
             log.error("%s", error)
 

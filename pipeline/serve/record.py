@@ -15,8 +15,10 @@ from pipeline.serve.ledger import Generation
 from pipeline.serve.price import NOTHING, Cost
 from pipeline.serve.request import ChatRequest
 from pipeline.serve.schema import generation_id
+from pipeline.serve.spread import Spread
 
 _MAX_LABEL = 256
+_HUNG_UP = 499
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,14 @@ class Record:
         self.is_booked = False
         self.events: list[Indexed] = []
         """All that came, if they are to be kept."""
+        self.gaps = Spread()
+        """Between one event and the next."""
         self._arrival = arrival
         self._request = request
         self._cache_source = cache_source
         self._keeps_events = keeps_events
         self._first_s: float | None = None
+        self._last_s = 0.0
         self._ends: list[Ended] = []
 
     @property
@@ -102,11 +107,23 @@ class Record:
         """Whether every choice has come to its end."""
         return len(self._ends) == len(self.answering.tallies) and self.error is None
 
+    @property
+    def status(self) -> int:
+        """How it has ended, as HTTP has it; 499 is what is said of a client that hung up."""
+        if self.error is not None:
+            return self.error.status
+        return 200 if self.is_whole else _HUNG_UP
+
     async def noted(self, replies: AsyncGenerator[Indexed, None]) -> AsyncGenerator[Indexed, None]:
         """The same events; closing this closes them."""
         async with contextlib.aclosing(replies):
             async for index, event in replies:
-                self._first_s = self._first_s or time.monotonic()
+                now_s = time.monotonic()
+                if self._first_s is None:
+                    self._first_s = now_s
+                else:
+                    self.gaps.add(now_s - self._last_s)
+                self._last_s = now_s
                 if isinstance(event, Ended):
                     self._ends.append(event)
                 if self._keeps_events:

@@ -211,5 +211,9 @@ class Document(RootModel[dict[str, Any]]):
     """An OpenAPI document."""
 
 
+class Text(RootModel[str]):
+    """Lines of text."""
+
+
 class Page(RootModel[str]):
     """HTML."""

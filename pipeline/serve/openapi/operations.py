@@ -180,6 +180,14 @@ OPERATIONS = {
     "/ready": Operation(
         _SERVER, "Whether it answers requests", catalogue.Status, (503,), refusal=catalogue.Status
     ),
+    "/metrics": Operation(
+        _SERVER,
+        "What Prometheus reads; without a key only on the machine itself",
+        catalogue.Text,
+        (401,),
+        needs_key=True,
+        content_type="text/plain",
+    ),
     "/openapi.json": Operation(_SERVER, "This description, for programs", catalogue.Document),
     "/docs": Operation(
         _SERVER, "This description, for people", catalogue.Page, content_type="text/html"
