@@ -3,6 +3,7 @@
 # make compressor   llm-compressor in an environment of its own, for export.compressed
 # make engine-vllm  vLLM in an environment of its own: for CUDA, or on a machine without it for CPUs
 # make clients      the official clients that tests run, in environments of their own; needs npm
+# make postgres     PostgreSQL from Debian, for tests of books in it
 # make bench-data   time and memory of the data stage beside TRL's own preparation
 # make bench-train  tokens a second of the train stage beside stock TRL
 # make bench-merge  time, memory and disk of a merge of 16.4 GB, beside a copy (35 GB of free disk)
@@ -26,7 +27,7 @@ TESTS := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 QUESTION := With what request header do I opt in to response caching?
 SYSTEM := You are the support assistant for the OpenRouter chat API.
 
-.PHONY: demo all data plan train merge export certify evaluate serve compressor engine-vllm vllm-cuda vllm-cpu clients test test-all check bench-data bench-train bench-merge bench-engine bench-gateway constraints clean
+.PHONY: demo all data plan train merge export certify evaluate serve compressor engine-vllm vllm-cuda vllm-cpu clients postgres test test-all check bench-data bench-train bench-merge bench-engine bench-gateway constraints clean
 
 demo: .venv/ready bases/demo/base.json
 	$(PIPELINE) check recipes/demo.yaml
@@ -117,12 +118,19 @@ tests/clients/node_modules/ready: tests/clients/package-lock.json
 	npm ci --prefix tests/clients --ignore-scripts --no-audit --no-fund
 	@touch $@
 
-test: .venv/ready
-	$(TESTS) -m "not node and not compressor and not vllm and not clients"
-	@echo "left out (deselected above): tests marked node, which need npm, compressor, vllm and clients,"
-	@echo "which need environments of their own; make test-all runs them"
+# PostgreSQL, for tests of books in it: Debian's own, which is not started.
+postgres:
+	ls /usr/lib/postgresql/*/bin/initdb > /dev/null 2>&1 || { \
+	  as_root=$$(test $$(id -u) = 0 || echo sudo); $$as_root apt-get update && \
+	  $$as_root apt-get install --yes --no-install-recommends postgresql; }
 
-test-all: .venv/ready .venv-compressor/ready .venv-vllm/ready $(CLIENTS)
+test: .venv/ready
+	$(TESTS) -m "not node and not compressor and not vllm and not clients and not postgres"
+	@echo "left out (deselected above): tests marked node, which need npm, postgres, which need its"
+	@echo "server, compressor, vllm and clients, which need environments of their own; make test-all"
+	@echo "runs them"
+
+test-all: .venv/ready .venv-compressor/ready .venv-vllm/ready $(CLIENTS) postgres
 	$(TESTS) --cov --cov-report term
 
 check: .venv/ready

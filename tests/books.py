@@ -2,7 +2,19 @@
 
 from typing import Any
 
+from sqlalchemy import Connection
+
 from pipeline.serve.ledger import Generation
+
+
+def hold(connection: Connection) -> None:
+    """Let nobody else write into the books until this commits."""
+    is_sqlite = connection.dialect.name == "sqlite"
+    connection.exec_driver_sql(
+        "DELETE FROM generations WHERE false"
+        if is_sqlite
+        else "LOCK TABLE generations, keys IN SHARE MODE"
+    )
 
 
 def generation(number: int = 0, **changed: Any) -> Generation:

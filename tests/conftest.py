@@ -17,13 +17,16 @@ from typing import NamedTuple
 
 import pytest
 from hypothesis import settings
+from postgres import Postgres, running_postgres
 from running import running
 from scripted import ScriptedEngine
+from sqlalchemy import Engine
 
 from pipeline import cli
 from pipeline.base.dialogue import write_byte_tokenizer
 from pipeline.chat import Chat
 from pipeline.serve.app import App
+from pipeline.serve.books import open_books
 from pipeline.serve.catalog import Catalog, Served
 from pipeline.serve.keys import Keys
 from pipeline.serve.ledger import Ledger
@@ -89,6 +92,29 @@ def tiny_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     from adapters import make_adapter
 
     return make_adapter(tiny_base, tmp_path_factory.mktemp("adapters") / "random")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A server for all tests; each takes a database of its own."""
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def books_at(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """What --books may name: a folder, and a database on a server."""
+    if request.param == "sqlite":
+        return str(tmp_path)
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.create_database()
+
+
+@pytest.fixture
+def books(books_at: str) -> Iterator[Engine]:
+    """Empty ones."""
+    with open_books(books_at) as opened:
+        yield opened
 
 
 Serving = Callable[..., contextlib.AbstractContextManager[str]]

@@ -9,6 +9,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from postgres import Postgres
 from sqlalchemy import inspect
 
 from pipeline.errors import BooksError
@@ -17,8 +18,8 @@ from pipeline.serve.books import default_books, open_books
 from pipeline.serve.tables import metadata
 
 
-def test_migrations_make_exactly_the_tables_that_the_program_uses(tmp_path: Path):
-    with open_books(str(tmp_path / "books.sqlite")) as books, books.connect() as connection:
+def test_migrations_make_exactly_the_tables_that_the_program_uses(books_at: str):
+    with open_books(books_at) as books, books.connect() as connection:
         options = {"compare_type": True, "compare_server_default": True}
         difference = compare_metadata(
             MigrationContext.configure(connection, opts=options), metadata
@@ -134,6 +135,20 @@ def test_without_a_name_the_books_lie_in_the_users_state_folder(
 
     assert default_books() == tmp_path / "state" / "pipeline" / "books.sqlite"
     assert default_books().stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.postgres
+def test_servers_that_start_at_once_over_an_empty_database_all_find_its_tables(postgres: Postgres):
+    program = """
+import sys
+from pipeline.serve.books import open_books
+with open_books(sys.argv[1]):
+    pass
+"""
+    command = [sys.executable, "-c", program, postgres.create_database()]
+    starting = [subprocess.Popen(command) for _ in range(4)]
+
+    assert [process.wait() for process in starting] == [0] * 4
 
 
 def test_readers_do_not_wait_for_a_writer_and_commits_reach_the_disk(tmp_path: Path):

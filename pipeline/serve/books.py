@@ -17,6 +17,8 @@ from pipeline.serve.migrations import HEAD
 FILE_NAME = "books.sqlite"
 BUSY_TIMEOUT_S = 5.0
 """How long a write waits for another process's."""
+_BOUNDS = ("connect_timeout", "tcp_user_timeout", "options")
+_ADVISORY_LOCK = 0x626F6F6B73
 OTHERS = "name other books with --books"
 
 
@@ -41,8 +43,11 @@ def open_books(where: str | None = None) -> Iterator[Engine]:
     if file:
         _make_file(file)
     try:
-        engine = create_engine(url)
-    except (ArgumentError, ModuleNotFoundError) as error:
+        engine = create_engine(url) if file else create_engine(_patient(url), pool_pre_ping=True)
+    except ModuleNotFoundError as error:
+        what = f"{error} (for PostgreSQL: pip install '.[postgres]')"
+        raise BooksError(f"{shown(url)} cannot be opened: {what}; {OTHERS}") from error
+    except ArgumentError as error:
         raise BooksError(f"{shown(url)} cannot be opened: {error}; {OTHERS}") from error
     if file:
         _speak_sqlite(engine)
@@ -64,6 +69,15 @@ def _url(where: str | None) -> URL:
         return url
     path = Path(where) if where else default_books()
     return URL.create("sqlite", database=str(path / FILE_NAME if path.is_dir() else path))
+
+
+def _patient(url: URL) -> URL:
+    """With bounds on what is waited for, unless it has some: libpq waits for ever."""
+    if url.get_backend_name() != "postgresql":
+        return url
+    wait_ms = round(BUSY_TIMEOUT_S * 1000)
+    waits = (f"{max(wait_ms // 1000, 2)}", str(wait_ms), f"-c lock_timeout={wait_ms}")
+    return url.set(query={**dict(zip(_BOUNDS, waits, strict=True)), **url.query})
 
 
 def _make_file(path: Path) -> None:
@@ -99,10 +113,8 @@ def _bring_up_to_date(engine: Engine, file: Path | None) -> None:
         with _locked(file.parent) if file else nullcontext():
             _migrate(engine)
     except SQLAlchemyError as error:
-        reason = str(getattr(error, "orig", error)).partition("\n")[0]
-        raise BooksError(
-            f"{shown(engine.url)} cannot be used as books: {reason}; {OTHERS}"
-        ) from error
+        what = f"{shown(engine.url)} cannot be used as books: {why(error)}"
+        raise BooksError(f"{what}; {OTHERS}") from error
 
 
 def _version(engine: Engine) -> str:
@@ -132,6 +144,8 @@ def _migrate(engine: Engine) -> None:
     config = Config()
     config.set_main_option("script_location", "pipeline.serve:migrations")
     with engine.begin() as connection:
+        if engine.dialect.name == "postgresql":  # of servers that start at once one makes them
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})")
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
 
@@ -151,4 +165,9 @@ def shown(url: URL) -> str:
     """What the user named, without its password."""
     if url.get_backend_name() == "sqlite":
         return str(url.database)
-    return url.render_as_string(hide_password=True)
+    return url.difference_update_query(_BOUNDS).render_as_string(hide_password=True)
+
+
+def why(error: Exception) -> str:
+    """A database's own words; what it and SQLAlchemy say after the first line quotes rows."""
+    return str(getattr(error, "orig", None) or error).partition("\n")[0]

@@ -12,6 +12,7 @@ from pipeline.errors import (
     EngineTimeout,
     RequestError,
 )
+from pipeline.serve.books import why
 from pipeline.serve.schema import INTERNAL_ERROR
 
 _BOOKS_AWAY = (OperationalError, InterfaceError, TimeoutError)
@@ -37,7 +38,7 @@ def as_request_error(error: Exception) -> RequestError:
         log.error("%s", error)
         return RequestError("Provider returned error", 502, "provider_unavailable")
     if isinstance(error, _BOOKS_AWAY):
-        log.error("the books do not answer: %s", getattr(error, "orig", None) or error)
+        log.error("the books do not answer: %s", why(error))
         what = "The books of this server do not answer; try again"
         return RequestError(what, 503, "provider_overloaded", _BOOKS_WAIT_S)
     log.error("a request failed", exc_info=error)

@@ -57,8 +57,11 @@ class Keys:
         ]
         none_yet = select(*values).where(~exists(select(tables.keys.c.id)))
         with self._books.begin() as connection:
-            made = connection.execute(insert(tables.keys).from_select(columns, none_yet))
-        return key if made.rowcount else None
+            if connection.dialect.name == "postgresql":  # where two may both see that none is there
+                connection.exec_driver_sql("LOCK TABLE keys IN SHARE ROW EXCLUSIVE MODE")
+            inserting = insert(tables.keys).from_select(columns, none_yet)
+            made = connection.execute(inserting.returning(tables.keys.c.id)).first()
+        return key if made else None
 
     def all(self) -> list[Key]:
         """Every key, oldest first."""

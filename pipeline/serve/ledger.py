@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.errors import BooksError
 from pipeline.serve import tables
-from pipeline.serve.books import OTHERS, shown
+from pipeline.serve.books import OTHERS, shown, why
 from pipeline.serve.journal import Journal
 from pipeline.serve.pending import JOURNAL, SPOOL, bring_in, pending_folder
 from pipeline.serve.spool import Spool
@@ -231,8 +231,7 @@ def open_ledger(books: Engine) -> Iterator[Ledger]:
         if num_rows := bring_in(books, pending_folder(books.url)):
             log.warning("%d replies are booked that a server left behind", num_rows)
     except SQLAlchemyError as error:
-        reason = getattr(error, "orig", None) or error
-        what = f"{shown(books.url)} cannot be written: {reason}"
+        what = f"{shown(books.url)} cannot be written: {why(error)}"
         raise BooksError(f"{what}; free it, or {OTHERS}") from error
     with contextlib.closing(Ledger(books)) as ledger:
         yield ledger

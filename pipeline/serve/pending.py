@@ -14,7 +14,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, IntegrityError
 
 from pipeline.serve import tables
-from pipeline.serve.books import default_books
+from pipeline.serve.books import default_books, shown, why
 from pipeline.serve.spool import Row, read_rows
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def pending_folder(url: URL) -> Path:
     """Beside a file; for a database elsewhere, in the user's state folder."""
     if url.get_backend_name() == "sqlite":
         return Path(f"{url.database}.pending")
-    where = hashlib.sha256(url.set(password=None).render_as_string().encode()).hexdigest()
+    where = hashlib.sha256(shown(url).encode()).hexdigest()
     return default_books().parent / f"{where[:16]}.pending"
 
 
@@ -60,7 +60,7 @@ def insert_missing(books: Engine, rows: Sequence[Row]) -> int:
             num_written += _insert_missing(books, some)
         except ROW_FAULTS as error:
             if len(rows) == 1:
-                log.error("%s is not fit for the books: %s", rows[0]["id"], error.orig)
+                log.error("%s is not fit for the books: %s", rows[0]["id"], why(error))
             else:
                 num_written += sum(insert_missing(books, [row]) for row in some)
     return num_written

@@ -12,6 +12,7 @@ from sqlalchemy import Engine, insert
 
 from pipeline.errors import BooksError
 from pipeline.serve import tables
+from pipeline.serve.books import why
 from pipeline.serve.pending import ROW_FAULTS, insert_missing
 from pipeline.serve.spool import Row, Spool
 
@@ -122,8 +123,7 @@ class Writer:
                 for entry in entries:
                     self._write([entry])
         except Exception as error:  # noqa: BLE001 - whatever it is, the rows are kept
-            reason = getattr(error, "orig", None) or error  # SQLAlchemy's own text quotes the row
-            log.error("the books cannot be written: %s; rows are kept in a file", reason)
+            log.error("the books cannot be written: %s; rows are kept in a file", why(error))
             self._set_aside(entries)
         else:
             _tell(entries)
@@ -175,7 +175,7 @@ def _tell(entries: Sequence[_Entry], error: Exception | None = None) -> None:
         if error is None:
             entry.written.set_result(None)
         else:
-            reason = getattr(error, "orig", None) or error
-            failure = BooksError(f"{entry.row['id']} was not written to the books: {reason}")
+            what = f"{entry.row['id']} was not written to the books: {why(error)}"
+            failure = BooksError(what)
             failure.__cause__ = error
             entry.written.set_exception(failure)
