@@ -20,6 +20,7 @@ from pipeline.cli import (
     serving,
     training,
 )
+from pipeline.cli.log import begin_log
 from pipeline.errors import Interrupted, PipelineError, RunError
 
 app = typer.Typer(
@@ -37,7 +38,9 @@ app.add_typer(benches.commands, name="bench", help="Measure what the README's ta
 
 ALONE_S = 15.0  # how long a process waits for the first one to tell of a failure that is common
 # Which extra of pyproject.toml brings a missing package; all others are in "train".
-SERVE = "aiohttp alembic orjson rich sqlalchemy starlette uvicorn uvloop xllamacpp"
+SERVE = (
+    "aiohttp alembic orjson prometheus_client rich sqlalchemy starlette uvicorn uvloop xllamacpp"
+)
 EXTRAS = dict.fromkeys(SERVE.split(), "serve")
 EXTRAS["openai"] = "dev"
 
@@ -74,7 +77,6 @@ def main() -> None:
     from pipeline.environment import is_first_process
 
     level = logging.INFO if is_first_process() else logging.ERROR
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     # Libraries announce their own future; a user of ours can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning)
     noisy = "httpx2 uvicorn alembic transformers bitsandbytes accelerate datasets gguf"
@@ -85,6 +87,7 @@ def main() -> None:
     # Each length of a micro-batch makes kernels of its own, and a CPU would keep 1024 of them.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     try:
+        begin_log(level)
         app()
     except Interrupted as stop:
         if is_first_process():

@@ -23,6 +23,7 @@ from pipeline.serve.metrics import Metrics
 from pipeline.serve.presets import with_preset
 from pipeline.serve.record import Arrival, Record
 from pipeline.serve.repeating import Repeating, find_wish
+from pipeline.serve.reply_log import tell
 from pipeline.serve.request import HEALING, ChatRequest, parse_object
 from pipeline.serve.response_cache import ResponseCache
 from pipeline.serve.routing import Route, asked_models, find_route
@@ -199,6 +200,7 @@ class Inference:
         record.is_booked = asking.exchange.is_counted = True
         generation = record.generation()
         self.metrics.replied(generation, record.status, record.gaps)
+        tell(generation, record.status, asking.arrival.key)
         if self.ledger is None:
             return
         try:
