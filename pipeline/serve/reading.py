@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from pipeline.chat import (
     CALL,
+    END_THINK,
     THINK,
     Chat,
     Piece,
@@ -86,7 +87,10 @@ class Reading:
 
     def end(self) -> Ended:
         """The last event."""
-        return Ended("tool_calls" if self._num_calls else self._finish, self._finish)
+        was_thought = self.outcome == "thought" and self._order.ends_after_thinking
+        stop = END_THINK if was_thought else self._stops.met
+        finish = "tool_calls" if self._num_calls else self._finish
+        return Ended(finish, self._finish, stop)
 
     def _outcome(self, delta: Delta) -> Outcome:
         assert self._phase is not None
