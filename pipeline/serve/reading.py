@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pipeline.chat import (
     CALL,
     END_THINK,
+    TAGS,
     THINK,
     Chat,
     Piece,
@@ -14,6 +15,7 @@ from pipeline.chat import (
     without_tags,
 )
 from pipeline.engine.protocol import Delta, Finish
+from pipeline.serve.apart import take_apart
 from pipeline.serve.events import Called, Ended, Event, Said, Tally, Usage
 from pipeline.serve.meters import AnswerLogprobs, ReasoningMeter
 from pipeline.serve.order import Order
@@ -45,6 +47,7 @@ class Reading:
         self._tally = tally
         self._tally.usage = Usage(prompt_tokens=len(order.prompt_ids))
         self._ids: list[int] = []
+        self._tags = {chat.token_id(tag): tag for tag in TAGS}
 
     def begin(self, phase: Phase) -> list[Event]:
         """Start a phase with what is given; there may be no room left for it."""
@@ -76,7 +79,13 @@ class Reading:
             self._forget()
             self.outcome = "no_thought"
             return []
-        events = self._understand(delta)
+        if len(delta.ids) < 2:
+            events = self._understand(delta)
+        else:
+            events = []
+            for part in take_apart(delta, self._tags):
+                if self.outcome is None:
+                    events += self._understand(part)
         if delta.finish is None or self.outcome is not None:
             return events
         outcome = self._outcome(delta)
