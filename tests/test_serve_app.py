@@ -242,6 +242,13 @@ class SlowAfterTheFirst(ScriptedEngine):
             self.delay_s = self.later_s
 
 
+def test_odd_things_handed_back_are_no_reason_to_refuse(serving: Any) -> None:
+    odd = ["text", 7, None, {"text": 1}, ["x"], {"type": "reasoning.text", "text": "hm"}]
+    handed_back = {"role": "assistant", "content": "yes", "reasoning_details": odd}
+    with serving(ScriptedEngine()) as base:
+        assert ask(base, messages=[USER, handed_back, USER]).status == 200
+
+
 def test_ignored_parameters_are_named_in_a_header(serving: Any) -> None:
     with serving(ScriptedEngine()) as base:
         response = ask(base, top_a=0.5, user="me", **{"bad\r\nkey: ä": 1})
