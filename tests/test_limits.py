@@ -359,7 +359,9 @@ def test_so_many_requests_at_the_same_time(house: House) -> None:
     house.engine.delay_s = 0.01
 
     async def ask_at_once() -> list[Answer]:
-        return await asyncio.gather(*(house.post(key, stream=number % 2 == 0) for number in range(5)))
+        return await asyncio.gather(
+            *(house.post(key, stream=number % 2 == 0) for number in range(5))
+        )
 
     answers = asyncio.run(ask_at_once())
 

@@ -1,7 +1,9 @@
 """What is said of a key when it is made or changed, on the command line and over HTTP."""
 
+import contextlib
 import datetime
 import re
+from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -29,10 +31,10 @@ _NOTHING = "none"
 
 
 def _usd(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError("give a number of US dollars")
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        raise ValueError("give a number of US dollars, such as 2.50")
     # 0.1 + 0.2 is a sum that people mean, down to the last digit that counts.
-    picodollars = parse_usd(value if isinstance(value, str) else f"{value:.12f}")
+    picodollars = parse_usd(f"{value:.12f}")
     if picodollars > MAX_USD * PICODOLLARS:
         raise ValueError(f"at most {MAX_USD} US dollars")
     return picodollars
@@ -68,8 +70,8 @@ class KeyChange(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, use_attribute_docstrings=True)
 
-    name: str = Field(default=None, max_length=_MAX_NAME, pattern=_NAME)
-    disabled: bool = Field(default=None)
+    name: str = Field(default_factory=str, max_length=_MAX_NAME, pattern=_NAME)
+    disabled: bool = Field(default_factory=bool)
     limit: Usd | None = None
     """Of US dollars."""
     limit_reset: Reset | None = None
@@ -83,7 +85,7 @@ class KeyChange(BaseModel):
     ) = None
     """The only ones that it may ask, by their slugs."""
     expires_at: Annotated[datetime.datetime, BeforeValidator(_moment)] | None = None
-    include_byok_in_limit: bool = Field(default=None)
+    include_byok_in_limit: bool = Field(default_factory=bool)
     """Changes nothing: nobody brings keys to others here."""
 
     @property
@@ -111,6 +113,9 @@ def read_columns(**words: str | None) -> dict[str, Any]:
     """
     said: dict[str, Any] = {name: word for name, word in words.items() if word is not None}
     said = {name: None if word == _NOTHING else word for name, word in said.items()}
+    if limit := said.get("limit"):
+        with contextlib.suppress(InvalidOperation):
+            said["limit"] = Decimal(limit)
     if models := said.get("models"):
         said["models"] = [word.strip() for word in models.split(",")]
     try:

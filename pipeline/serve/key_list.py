@@ -8,8 +8,9 @@ import time
 from sqlalchemy import Engine
 
 from pipeline.serve.keys import Key, Keys
-from pipeline.serve.ledger import Ledger, Spent
+from pipeline.serve.ledger import Ledger
 from pipeline.serve.price import usd_text
+from pipeline.serve.spending import Spent
 
 
 def describe_keys(books: Engine, key_id: int | None = None) -> list[str]:

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from sqlalchemy import BigInteger, ColumnElement, Engine, cast, func, insert, select
+from sqlalchemy import BigInteger, Engine, cast, func, insert, select
 from sqlalchemy.exc import IntegrityError
 
 from pipeline.errors import BooksError
 from pipeline.serve import tables
-from pipeline.serve.allowance import Reset
+from pipeline.serve.spending import Spent, read_spent, spent_columns
 
-EPOCH = datetime.date(1970, 1, 1)
-DAY_MS = 24 * 60 * 60 * 1000
+_EPOCH = datetime.date(1970, 1, 1)
+_DAY_MS = 24 * 60 * 60 * 1000
 _SUMMED = (
     "prompt_tokens",
     "completion_tokens",
@@ -91,29 +91,6 @@ class DailyUse:
 
 
 @dataclass(frozen=True)
-class Spent:
-    """What a key's replies have cost, in pico-dollars, by UTC."""
-
-    ever: int = 0
-    today: int = 0
-    this_week: int = 0
-    """Since Monday."""
-    this_month: int = 0
-    last_ms: int | None = None
-    """When the latest was asked for, since the epoch."""
-
-    @property
-    def by_period(self) -> dict[Reset | None, int]:
-        """By how often a limit begins anew."""
-        return {
-            None: self.ever,
-            "daily": self.today,
-            "weekly": self.this_week,
-            "monthly": self.this_month,
-        }
-
-
-@dataclass(frozen=True)
 class _Entry:
     """A row on its way, and who waits for it."""
 
@@ -176,32 +153,32 @@ class Ledger:
         self, key_id: int | None, first: datetime.date, last: datetime.date
     ) -> list[DailyUse]:
         column = tables.generations.c
-        number = (column.created_ms // DAY_MS).label("number")
+        number = (column.created_ms // _DAY_MS).label("number")
         sums = [cast(func.sum(column[name]), BigInteger).label(name) for name in _SUMMED]
         found = (
             select(number, column.model, func.count().label("requests"), *sums)
             .where(column.key_id.is_not_distinct_from(key_id))
-            .where(number.between((first - EPOCH).days, (last - EPOCH).days))
+            .where(number.between((first - _EPOCH).days, (last - _EPOCH).days))
             .group_by(number, column.model)
             .order_by(number.desc(), column.model)
         )
         with self._books.connect() as connection:
             rows = [dict(row) for row in connection.execute(found).mappings()]
-        days = [EPOCH + datetime.timedelta(days=row.pop("number")) for row in rows]
+        days = [_EPOCH + datetime.timedelta(days=row.pop("number")) for row in rows]
         return [DailyUse(day, **row) for day, row in zip(days, rows, strict=True)]
 
     def _spent(self, key_id: int | None, today: datetime.date) -> Spent:
-        found = select(*_sums(today)).where(
+        found = select(*spent_columns(today)).where(
             tables.generations.c.key_id.is_not_distinct_from(key_id)
         )
         with self._books.connect() as connection:
-            return _spent(connection.execute(found).one())
+            return read_spent(connection.execute(found).one())
 
     def _spent_by_key(self, today: datetime.date) -> dict[int | None, Spent]:
         column = tables.generations.c.key_id
-        found = select(column, *_sums(today)).group_by(column)
+        found = select(column, *spent_columns(today)).group_by(column)
         with self._books.connect() as connection:
-            return {row[0]: _spent(row[1:]) for row in connection.execute(found)}
+            return {row[0]: read_spent(row[1:]) for row in connection.execute(found)}
 
     def _write_all(self) -> None:
         while True:
@@ -230,28 +207,6 @@ class Ledger:
             _tell(entries, error)
         else:
             _tell(entries)
-
-
-def period_begins(today: datetime.date) -> dict[Reset | None, datetime.date]:
-    """The first days of what `Spent.by_period` counts, in its order."""
-    week = today - datetime.timedelta(days=today.weekday())
-    return {None: EPOCH, "daily": today, "weekly": week, "monthly": today.replace(day=1)}
-
-
-def _sums(today: datetime.date) -> list[ColumnElement[int]]:
-    """What a `Spent` has, as columns."""
-    column = tables.generations.c
-    sums: list[ColumnElement[int]] = []
-    for begin in period_begins(today).values():
-        is_within = column.created_ms >= (begin - EPOCH).days * DAY_MS
-        total = func.coalesce(func.sum(column.cost_picodollars).filter(is_within), 0)
-        sums.append(cast(total, BigInteger))
-    return [*sums, func.max(column.created_ms)]
-
-
-def _spent(row: Sequence[int | None]) -> Spent:
-    ever, today, week, month, last_ms = row
-    return Spent(int(ever or 0), int(today or 0), int(week or 0), int(month or 0), last_ms)
 
 
 def _tell(entries: Sequence[_Entry], error: Exception | None = None) -> None:

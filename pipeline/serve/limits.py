@@ -17,10 +17,11 @@ from pipeline.errors import RequestError
 from pipeline.serve.endpoint import Answering
 from pipeline.serve.events import Usage
 from pipeline.serve.keys import Key
-from pipeline.serve.ledger import DAY_MS, EPOCH, Ledger, Spent, period_begins
+from pipeline.serve.ledger import Ledger
 from pipeline.serve.price import Price, usd_text
 from pipeline.serve.record import Arrival, Record
 from pipeline.serve.routing import Route
+from pipeline.serve.spending import Spent, period_begins_ms
 
 WINDOW_S = 60.0
 WAIT_S = 1
@@ -159,7 +160,7 @@ class Limits:
             spent = (await self.spent(key)).by_period[key.limit_reset]
             if num_settled == account.num_settled:  # else one may be in neither count
                 break
-        begin_ms = _begin_ms(key, self.today())
+        begin_ms = period_begins_ms(self.today())[key.limit_reset]
         held = sum(amount for asked_ms, amount in account.reserved.values() if asked_ms >= begin_ms)
         left, price = limit - spent - held, _price(answering)
         most = most_cost(price, answering.most)
@@ -201,10 +202,6 @@ def most_cost(price: Price, most: Usage) -> int:
     """In pico-dollars, whether the prompt is in the engine's cache or not."""
     cached = replace(most, cached_tokens=most.prompt_tokens)
     return max(price.cost(most).total, price.cost(cached).total)
-
-
-def _begin_ms(key: Key, today: datetime.date) -> int:
-    return (period_begins(today)[key.limit_reset] - EPOCH).days * DAY_MS
 
 
 def _price(answering: Answering) -> Price:

@@ -12,9 +12,9 @@ from pipeline.serve.allowance import KeyChange, NewKey
 from pipeline.serve.exchange import Exchange
 from pipeline.serve.faults import first_fault
 from pipeline.serve.keys import Key, Keys, hash_key
-from pipeline.serve.ledger import Spent
 from pipeline.serve.limits import Limits
 from pipeline.serve.request import parse_object
+from pipeline.serve.spending import Spent
 
 PAGE = 100
 Asked = TypeVar("Asked", bound=BaseModel)
