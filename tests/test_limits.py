@@ -22,6 +22,7 @@ from pipeline.chat import Chat
 from pipeline.serve.app import App
 from pipeline.serve.books import open_books
 from pipeline.serve.catalog import Catalog, Served
+from pipeline.serve.endpoint import Answering, Own
 from pipeline.serve.keys import Keys
 from pipeline.serve.ledger import Ledger
 from pipeline.serve.limits import WINDOW_S
@@ -453,15 +454,41 @@ def test_no_key_is_written_to_the_books_or_the_log(
         assert secret not in caplog.text
 
 
-def test_what_others_of_the_same_key_have_spent_counts(house: House) -> None:
-    key = house.key(limit_picodollars=1000 + most_of_one(house))
+def test_what_is_in_the_books_counts_whenever_and_wherever_it_was_spent(house: House) -> None:
+    """Another process may write it while this one serves."""
+    most, cost = most_of_one(house), cost_of_one(house)
+    key = house.key(limit_picodollars=40_000 + most + cost)
     key_id = house.keys.all()[-1].id
 
-    async def record_all() -> None:
-        rows = [generation(n, key_id=key_id, cost_picodollars=1) for n in range(1000)]
-        await asyncio.gather(*(house.ledger.record(row) for row in rows))
+    def record(number: int, days_ago: float) -> None:
+        created_ms = int((NOON - days_ago * DAY_S) * 1000)
+        row = generation(number, key_id=key_id, cost_picodollars=10_000, created_ms=created_ms)
+        asyncio.run(house.ledger.record(row))
 
-    asyncio.run(record_all())
-
+    record(1, 80)
+    record(2, 0.7)
+    assert house.ask(key).status == 200
+    record(3, 1.4)
+    record(4, 0)
     assert [house.ask(key).status for _ in range(2)] == [200, 402]
-    assert house.spent(key) == 1000 + cost_of_one(house)
+    house.clock.now_s += 3 * DAY_S
+    assert house.ask(key).status == 402
+    assert house.spent(key) == 40_000 + 2 * cost
+
+
+def test_a_request_at_midnight_is_held_to_the_day_that_it_counts_for(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its prompt is read for so long that the next day begins meanwhile."""
+    key = house.key(limit_picodollars=most_of_one(house), limit_reset="daily")
+    house.clock.now_s = NOON + DAY_S / 2 - 1
+    assert house.ask(key).status == 200
+    prepare = Own.prepare
+
+    async def prepare_slowly(endpoint: Own, *asked: Any) -> Answering:
+        house.clock.now_s = NOON + DAY_S / 2
+        return await prepare(endpoint, *asked)
+
+    monkeypatch.setattr(Own, "prepare", prepare_slowly)
+
+    assert [house.ask(key).status for _ in range(3)] == [402, 200, 402]

@@ -137,6 +137,10 @@ class Ledger:
         """By every key that has asked for something; None is those who had none."""
         return await asyncio.to_thread(self._spent_by_key, today)
 
+    async def cost(self, key_id: int, begin_ms: int, end_ms: int | None = None) -> int:
+        """Of a key's replies that were asked for between these moments, in pico-dollars."""
+        return await asyncio.to_thread(self._cost, key_id, begin_ms, end_ms)
+
     def close(self) -> None:
         """Write what is on its way and stop."""
         self._is_closed = True
@@ -173,6 +177,16 @@ class Ledger:
         )
         with self._books.connect() as connection:
             return read_spent(connection.execute(found).one())
+
+    def _cost(self, key_id: int, begin_ms: int, end_ms: int | None) -> int:
+        column = tables.generations.c
+        found = select(func.sum(column.cost_picodollars)).where(
+            column.key_id == key_id, column.created_ms >= begin_ms
+        )
+        if end_ms is not None:
+            found = found.where(column.created_ms < end_ms)
+        with self._books.connect() as connection:
+            return int(connection.scalar(found) or 0)
 
     def _spent_by_key(self, today: datetime.date) -> dict[int | None, Spent]:
         column = tables.generations.c.key_id

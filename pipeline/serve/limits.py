@@ -24,6 +24,7 @@ from pipeline.serve.routing import Route
 from pipeline.serve.spending import Spent, period_begins_ms
 
 WINDOW_S = 60.0
+_DAY = datetime.timedelta(days=1)
 WAIT_S = 1
 """When to come back for what other requests hold: nobody knows how long they take."""
 
@@ -61,6 +62,8 @@ class _Account:
     reserved: dict[str, tuple[int, int]] = field(default_factory=dict)
     """By generation: when it was asked for, and its pico-dollars."""
     num_settled: int = 0
+    earlier: tuple[int, int, int] = (0, 0, 0)
+    """What was spent between two moments of days that are over: nothing is added to it."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class Limits:
 
     def today(self) -> datetime.date:
         """By UTC."""
-        return datetime.datetime.fromtimestamp(self.now_s(), datetime.UTC).date()
+        return _day(self.now_s())
 
     @contextlib.contextmanager
     def _granted_tokens(self, key: Key, record: Record) -> Iterator[None]:
@@ -154,19 +157,30 @@ class Limits:
 
     async def _reserve(self, key: Key, limit: int, arrival: Arrival, answering: Answering) -> None:
         """A reply counts for the day, week or month in which it was asked for, as in the books."""
-        account = self._accounts[key.id]
+        account, day = self._accounts[key.id], _day(arrival.created_s)
+        begin_ms = period_begins_ms(day)[key.limit_reset]
         while True:
             num_settled = account.num_settled
-            spent = (await self.spent(key)).by_period[key.limit_reset]
+            spent = await self._spent_since(key, begin_ms, day)
             if num_settled == account.num_settled:  # else one may be in neither count
                 break
-        begin_ms = period_begins_ms(self.today())[key.limit_reset]
         held = sum(amount for asked_ms, amount in account.reserved.values() if asked_ms >= begin_ms)
         left, price = limit - spent - held, _price(answering)
         most = most_cost(price, answering.most)
         if most > left:
             raise _unaffordable(key, answering, price, left)
         account.reserved[arrival.id] = (int(arrival.created_s * 1000), most)
+
+    async def _spent_since(self, key: Key, begin_ms: int, day: datetime.date) -> int:
+        """All of it may be millions of rows; those of days that are over are summed once."""
+        if self.ledger is None:
+            return 0
+        account = self._accounts[key.id]
+        end_ms = max(begin_ms, period_begins_ms(day - _DAY)["daily"])
+        if account.earlier[:2] != (begin_ms, end_ms):
+            earlier = await self.ledger.cost(key.id, begin_ms, end_ms)
+            account.earlier = (begin_ms, end_ms, earlier)
+        return account.earlier[2] + await self.ledger.cost(key.id, end_ms)
 
     def _too_much(self, what: str, most: int, used: int, wait_s: float) -> RequestError:
         retry_after_s = max(1, math.ceil(wait_s))
@@ -202,6 +216,10 @@ def most_cost(price: Price, most: Usage) -> int:
     """In pico-dollars, whether the prompt is in the engine's cache or not."""
     cached = replace(most, cached_tokens=most.prompt_tokens)
     return max(price.cost(most).total, price.cost(cached).total)
+
+
+def _day(now_s: float) -> datetime.date:
+    return datetime.datetime.fromtimestamp(now_s, datetime.UTC).date()
 
 
 def _price(answering: Answering) -> Price:
