@@ -150,6 +150,42 @@ def test_parallel_requests_never_overshoot_a_limit(
         assert limit < cheapest + PRICE.completion * min(most * n for most, _, n in asked)
 
 
+class LateLedger(Ledger):
+    """What it reads it tells only when it may, once it has been told to be late."""
+
+    has_read: asyncio.Event | None = None
+    may_tell: asyncio.Event | None = None
+
+    async def cost(self, *asked: Any) -> int:
+        read = await super().cost(*asked)
+        if self.has_read and self.may_tell:
+            self.has_read.set()
+            await self.may_tell.wait()
+        return read
+
+
+def test_a_reply_that_is_booked_while_the_books_are_read_is_not_overlooked(
+    house: House, chat: Chat, books: Engine
+) -> None:
+    key = house.key(limit_picodollars=most_of_one(house))
+
+    async def ask_while_another_ends(late: House, ledger: LateLedger) -> list[int]:
+        late.engine.delay_s = 0.01
+        first = asyncio.create_task(late.post(key))
+        while not late.engine.num_open:
+            await asyncio.sleep(0.001)
+        ledger.has_read, ledger.may_tell = asyncio.Event(), asyncio.Event()
+        second = asyncio.create_task(late.post(key))
+        await ledger.has_read.wait()
+        answers = [await first]
+        ledger.may_tell.set()
+        return [answer.status for answer in [*answers, await second]]
+
+    with closing(LateLedger(books)) as ledger:
+        late = House(chat, books, ledger, house.engine)
+        assert asyncio.run(ask_while_another_ends(late, ledger)) == [200, 402]
+
+
 def test_what_was_not_used_of_a_reservation_can_be_spent_again(house: House) -> None:
     cost, most = cost_of_one(house), most_of_one(house)
     assert cost < most, "nothing was cached"
