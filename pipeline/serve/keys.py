@@ -107,8 +107,10 @@ class Keys:
         ]
         none_yet = select(*values).where(~exists(select(tables.keys.c.id).where(_IS_THERE)))
         with self._books.begin() as connection:
-            made = connection.execute(insert(tables.keys).from_select(columns, none_yet))
-        return key if made.rowcount else None
+            # A number of rows is not what every database tells of such an insertion.
+            made = insert(tables.keys).from_select(columns, none_yet).returning(tables.keys.c.id)
+            is_made = connection.execute(made).first() is not None
+        return key if is_made else None
 
     def all(self) -> list[Key]:
         """Every key, oldest first."""
