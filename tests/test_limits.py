@@ -25,8 +25,8 @@ from pipeline.serve.catalog import Catalog, Served
 from pipeline.serve.endpoint import Answering, Own
 from pipeline.serve.keys import Keys
 from pipeline.serve.ledger import Ledger
-from pipeline.serve.limits import WINDOW_S
 from pipeline.serve.price import Price
+from pipeline.serve.window import WINDOW_S
 
 NOON = datetime.datetime(2026, 3, 31, 12, tzinfo=datetime.UTC).timestamp()  # a Tuesday
 DAY_S = 24 * 60 * 60

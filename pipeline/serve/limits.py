@@ -22,42 +22,17 @@ from pipeline.serve.price import Price, usd_text
 from pipeline.serve.record import Arrival, Record
 from pipeline.serve.routing import Route
 from pipeline.serve.spending import Spent, period_begins_ms
+from pipeline.serve.window import WAIT_S, Window
 
-WINDOW_S = 60.0
 _DAY = datetime.timedelta(days=1)
-WAIT_S = 1
-"""When to come back for what other requests hold: nobody knows how long they take."""
-
-
-@dataclass
-class _Window:
-    """What was used in the last minute, and what requests under way have been granted."""
-
-    used: collections.deque[tuple[float, int]] = field(default_factory=collections.deque)
-    """Amounts by when they were."""
-    granted: int = 0
-
-    def total(self, now_s: float) -> int:
-        while self.used and self.used[0][0] <= now_s - WINDOW_S:
-            self.used.popleft()
-        return self.granted + sum(amount for _, amount in self.used)
-
-    def wait_s(self, now_s: float, room: int) -> float:
-        """Until at most so much is left of it."""
-        left = self.total(now_s)
-        for used_s, amount in self.used:
-            left -= amount
-            if left <= room:
-                return used_s + WINDOW_S - now_s
-        return WAIT_S
 
 
 @dataclass
 class _Account:
     """One key's use in this process."""
 
-    requests: _Window = field(default_factory=_Window)
-    tokens: _Window = field(default_factory=_Window)
+    requests: Window = field(default_factory=Window)
+    tokens: Window = field(default_factory=Window)
     num_under_way: int = 0
     reserved: dict[str, tuple[int, int]] = field(default_factory=dict)
     """By generation: when it was asked for, and its pico-dollars."""
@@ -93,7 +68,7 @@ class Limits:
             wait_s = account.requests.wait_s(now_s, most - 1)
             raise self._too_much(f"{most} requests a minute", most, num_requests, wait_s)
         if most is not None:
-            account.requests.used.append((now_s, 1))
+            account.requests.add(now_s, 1)
         account.num_under_way += 1
         try:
             yield
@@ -153,7 +128,7 @@ class Limits:
             yield
         finally:
             window.granted -= granted
-            window.used.append((self.elapsed_s(), _num_tokens(record.usage)))
+            window.add(self.elapsed_s(), _num_tokens(record.usage))
 
     async def _reserve(self, key: Key, limit: int, arrival: Arrival, answering: Answering) -> None:
         """A reply counts for the day, week or month in which it was asked for, as in the books."""
