@@ -111,6 +111,7 @@ def test_of_what_nobody_said_a_document_says_nothing(chat: Chat) -> None:
         "tokenizer",
         "input_modalities",
         "output_modalities",
+        "passthrough_parameters",
         "quantization",
         "is_ready",
         "is_free",

@@ -262,8 +262,9 @@ def test_a_preset_fills_what_the_request_leaves_open(chat: Chat) -> None:
         "careful": {"model": "local/well", "temperature": 0.1, "top_k": 3, "system": "Be brief."}
     }
     other = named(chat, "other")
+    wanted = {"X-OpenRouter-Metadata": "enabled"}
     with house(chat, other, named(chat, "well", engine), presets=presets) as base:
-        as_model = ask(base, model="@preset/careful")
+        as_model = ask(base, wanted, model="@preset/careful")
         beside = ask(base, model="other@preset/careful")
         as_field = ask(base, preset="careful", temperature=0.9)
         spoken = [{"role": "system", "content": "Be long."}, USER]
@@ -281,6 +282,7 @@ def test_a_preset_fills_what_the_request_leaves_open(chat: Chat) -> None:
     assert "Be brief." in chat.decode(prompt)
     assert "Be brief." not in chat.decode(long_prompt)
     assert own_system.status == 200
+    assert as_model.json["openrouter_metadata"]["requested"] == "@preset/careful"
     assert unknown.status == 404
     assert "careless" in unknown.error["message"]
 

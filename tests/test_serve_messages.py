@@ -286,3 +286,22 @@ def test_any_body_is_answered_or_refused(chat: Chat, body: Any) -> None:
     if status != 200:
         assert json.loads(told)["error"]["message"]
     assert b"event: error" not in told
+
+
+@pytest.mark.parametrize(
+    ("stops", "reason", "sequence"),
+    [
+        (["nothing"], "end_turn", None),
+        (["nothing", "es"], "stop_sequence", "es"),
+        (["</think>"], "stop_sequence", "</think>"),
+    ],
+)
+def test_a_stop_sequence_that_ended_the_message_is_named(
+    serving: Any, stops: list[str], reason: str, sequence: str | None
+) -> None:
+    with serving(ScriptedEngine(THOUGHT)) as base:
+        whole = json.loads(send(base, stop_sequences=stops)[2])
+        stream = events(send(base, stop_sequences=stops, stream=True)[2])
+    assert (whole["stop_reason"], whole["stop_sequence"]) == (reason, sequence)
+    (delta,) = (event["delta"] for event in stream if event["type"] == "message_delta")
+    assert (delta["stop_reason"], delta["stop_sequence"]) == (reason, sequence)

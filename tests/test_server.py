@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from pipeline.errors import BaseError, GateMissed, PipelineError
 from pipeline.serve import ask as asking
 from pipeline.serve import server
 from pipeline.serve.ask import ask_both_modes
+from pipeline.serve.catalog import Served
 from pipeline.serve.server import serve
 from pipeline.serve.settings import Settings
 
@@ -155,7 +156,7 @@ def test_a_port_is_taken_before_the_model_is_loaded() -> None:
 def test_an_engine_elsewhere_needs_no_gguf_file(chat_folder: Path, tiny_gguf: Path) -> None:
     models: list[dict[str, Any]] = []
 
-    def look(url: str, key: str) -> None:
+    def look(url: str, key: str, _models: Sequence[Served]) -> None:
         try:
             with urllib.request.urlopen(f"{url}/models", timeout=5) as response:
                 models.extend(json.load(response)["data"])

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_a_reply_of_our_own_server_is_what_it_would_be_here(
     async def answer_here() -> list[Indexed]:
         events = answer_all(here, chat, ScriptedEngine(chunks), own)
         return [
-            (index, event)
+            (index, replace(event, stop=None) if isinstance(event, Ended) else event)
             async for index, event in events
             if here.shows_reasoning or getattr(event, "channel", "") != "reasoning"
         ]

@@ -316,3 +316,24 @@ def _wait_until(is_so: Callable[[], bool]) -> None:
     while not is_so():
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
+
+
+def test_requests_that_follow_one_another_share_a_connection() -> None:
+    fake, peers = Fake(END), set()
+
+    async def complete(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        peers.add(request.transport.get_extra_info("peername"))
+        return await Fake.complete(fake, request)
+
+    fake.complete = complete  # type: ignore[method-assign]
+
+    async def ask_twice() -> None:
+        async with fake.engine() as engine:
+            for _ in range(2):
+                _ = [delta async for delta in engine.generate([5, 6], GREEDY)]
+                await asyncio.sleep(0.05)
+
+    asyncio.run(ask_twice())
+    assert len(fake.asked) == 2
+    assert len(peers) == 1

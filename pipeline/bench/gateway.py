@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 RESULT = "bench-gateway.json"
 _PROMPT_CHARACTERS = 2048
 _STEP_S = 0.02
-_START_TOKENS = 52  # so that all are still streaming when the last one begins
+_START_TOKENS = 52  # of several, so that all are still streaming when the last one begins
 _FLOW_STREAMS, _FLOW_TOKENS = 64, 256
-_ALONE = 10
-"""So many of single streams make one round."""
+_ALONE, _ALONE_TOKENS = 50, 2
+"""Single streams follow one another: pauses would measure how a processor wakes up."""
 _TOOL = {
     "type": "function",
     "function": {
@@ -129,7 +129,6 @@ async def _measure(
     ways: Ways, streams: Sequence[int], rounds: int
 ) -> tuple[list[Starts], list[Flow]]:
     numbers = count()
-    await ways.set_step(_STEP_S)
     starts = [start for num in streams for start in await _starts(ways, num, rounds, numbers)]
     await ways.set_step(0.0)
     with ways.apart():
@@ -138,12 +137,14 @@ async def _measure(
 
 
 async def _starts(ways: Ways, streams: int, rounds: int, numbers: "count[int]") -> list[Starts]:
+    await ways.set_step(0.0 if streams == 1 else _STEP_S)
     seen: dict[str, list[tuple[float, float]]] = {way.name: [] for way in ways.over_http}
     for turn in range(rounds + 1):
         for way in ways.over_http:
             times: list[float] = []
             for _ in range(_ALONE if streams == 1 else 1):
-                bodies = [_start_body(way, next(numbers)) for _ in range(streams)]
+                num_tokens = _ALONE_TOKENS if streams == 1 else _START_TOKENS
+                bodies = [_start_body(way, next(numbers), num_tokens) for _ in range(streams)]
                 times += [told.first_s for told in await ask_at_once(way.target, bodies)]
             if turn:  # the first one warms
                 seen[way.name].append(_percentiles(times))
@@ -181,10 +182,10 @@ async def _flows(ways: Ways, rounds: int) -> list[Flow]:
     ]
 
 
-def _start_body(way: Way, number: int) -> Mapping[str, Any]:
+def _start_body(way: Way, number: int, num_tokens: int) -> Mapping[str, Any]:
     """No two prompts have a common beginning, so that no cache helps anybody."""
     message = {"role": "user", "content": _text(number)}
-    return way.body([message], {**_PLAIN, "max_tokens": _START_TOKENS})
+    return way.body([message], {**_PLAIN, "max_tokens": num_tokens})
 
 
 def _flow_body(way: Way, fields: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -30,20 +30,27 @@ class Connection:
         child: Child | None = None,
         api_key: str = "",
         silence_s: float | None = None,
+        idle_s: float = 0.0,
     ) -> None:
-        """`silence_s` is how long it may say nothing while an answer is awaited."""
+        """`silence_s` is how long it may say nothing while an answer is awaited.
+
+        `idle_s` is how long a connection is kept for the next request: less than the server keeps
+        it, or the two would meet.
+        """
         self.name = name
         self.url = url.rstrip("/")
         self.child = child
         self._api_key = api_key
+        self._idle_s = idle_s
         self.has_failed = False
         """Whether a failure has sent somebody to the child's log."""
         self._open: set[aiohttp.ClientResponse] = set()
-        # llama.cpp closes kept-alive connections in a race with the next request on them.
+        # Not for llama.cpp, which closes idle connections in a race with the next request on them.
+        keeping: dict[str, Any] = {"keepalive_timeout": idle_s} if idle_s else {"force_close": True}
         connector = (
-            aiohttp.UnixConnector(str(child.socket), limit=0, force_close=True)
+            aiohttp.UnixConnector(str(child.socket), limit=0, **keeping)
             if child
-            else aiohttp.TCPConnector(limit=0, force_close=True)
+            else aiohttp.TCPConnector(limit=0, **keeping)
         )
         self._session = aiohttp.ClientSession(
             connector=connector,
@@ -95,9 +102,10 @@ class Connection:
                     name, _, value = line.partition(b":")
                     if name not in (b"data", b"error"):
                         continue
-                    if value.strip() == b"[DONE]":
+                    if value.strip() != b"[DONE]":
+                        yield self.parse(value)
+                    elif not self._idle_s:  # what is to be kept must be read to its end
                         return
-                    yield self.parse(value)
 
     def died(self, what: str) -> EngineError:
         """What happened, and where to look."""

@@ -26,6 +26,7 @@ START_TIMEOUT_S = 1800
 """Compiling kernels for a large model takes many minutes; a child that dies is noticed at once."""
 _CHILD = Path(__file__).with_name("vllm_child.py")
 _MODELS = "/v1/models"
+_IDLE_S = 2.0  # uvicorn, which vLLM and its like run on, keeps a connection for 5; 0.3 ms each
 _LEAST_TOP_P = 1e-6  # vLLM refuses 0, which leaves the likeliest token, as this does
 # By this a vLLM that may choose knows which of its engines of grammars is meant.
 _LLGUIDANCE = "%llguidance {}\n"
@@ -76,7 +77,8 @@ class Vllm(Hosted):
             return [str(python), str(_CHILD), str(socket), *words]
 
         child = await Child.start("vllm", command, log, environment())
-        engine = cls(Connection("vLLM", "http://vllm", child), BASE_NAME, end_ids(model))
+        connection = Connection("vLLM", "http://vllm", child, idle_s=_IDLE_S)
+        engine = cls(connection, BASE_NAME, end_ids(model))
         if "--enable-lora" not in words:
             engine.capabilities -= {"adapters"}
         try:
@@ -96,7 +98,7 @@ class Vllm(Hosted):
 
         `model` is one of those it lists; without it the first that is no adapter.
         """
-        engine = cls(Connection("the engine", url, api_key=api_key), model)
+        engine = cls(Connection("the engine", url, api_key=api_key, idle_s=_IDLE_S), model)
         try:
             await engine._read_model()
         except BaseException:

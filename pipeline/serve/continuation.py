@@ -30,7 +30,7 @@ async def continue_text(order: Order, engine: Engine, tally: Tally) -> AsyncGene
                 yield Said("answer", text, tokens.of(text))
             if stops.is_met or delta.finish is not None:
                 finish = "stop" if stops.is_met or delta.finish is None else delta.finish
-                yield Ended(finish, finish)
+                yield Ended(finish, finish, stops.met)
                 return
     raise EngineError("the engine ended its text without saying why")
 

@@ -51,6 +51,8 @@ class Ended:
     finish: Literal["stop", "length", "tool_calls", "content_filter"]
     native_finish: str
     """In the words of what has generated it."""
+    stop: str | None = None
+    """The request's stop string that ended it; None if none did, or nobody knows."""
 
 
 Event = Said | Called | Ended

@@ -1,6 +1,7 @@
 """A request for a reply in any dialect: read, routed, tried where it may be, answered, booked."""
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -94,9 +95,11 @@ class Inference:
     async def _answer(self, exchange: Exchange, arrival: Arrival, skin: Skin) -> None:
         body = await exchange.read_body()
         values = parse_object(body)
-        request = with_preset(skin.read(values), self.catalog.presets)
-        exchange.asked_models = asked_models(request)
+        asked = skin.read(values)
+        exchange.asked_models = asked_models(asked)
+        request = with_preset(asked, self.catalog.presets)
         route = find_route(request, self.catalog, self.endpoints_of)
+        route = dataclasses.replace(route, requested=(*exchange.asked_models, route.requested)[0])
         route = permitted(route, arrival.key)
         path = exchange.scope["path"]
         repeating = find_wish(self.cache, arrival, path, body, route, request)

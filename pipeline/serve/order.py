@@ -36,6 +36,7 @@ _OF_DIALOGUE = (
     "reasoning_effort",
     "include_reasoning",
 )
+_SHORT_CHARACTERS = 8192
 _SHARE_OF_REPLY = 4
 """Compression leaves this part of the context to a reply whose length nothing bounds."""
 _KINDS = {
@@ -126,6 +127,19 @@ def decide(request: ChatRequest, served: Served, lane: Lane = PLAIN) -> Order:
         shows_reasoning=shows_reasoning(request),
         ignored=tuple(find_ignored(request, able, constraints)),
     )
+
+
+def is_short(request: ChatRequest) -> bool:
+    """Whether `decide` takes no more than a few milliseconds."""
+    if request.tools or request.response_format:  # schemas may take long, whatever their size
+        return False
+    num_characters = len(request.prompt or "")
+    for message in request.messages or ():
+        for value in message.values():
+            for part in value if isinstance(value, list) else (value,):
+                text = part.get("text") if isinstance(part, dict) else part
+                num_characters += len(text) if isinstance(text, str) else 0
+    return num_characters <= _SHORT_CHARACTERS
 
 
 def _continue(request: ChatRequest, served: Served, lane: Lane) -> Order:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from pipeline.chat import (
     CALL,
+    END_THINK,
+    TAGS,
     THINK,
     Chat,
     Piece,
@@ -13,6 +15,7 @@ from pipeline.chat import (
     without_tags,
 )
 from pipeline.engine.protocol import Delta, Finish
+from pipeline.serve.apart import take_apart
 from pipeline.serve.events import Called, Ended, Event, Said, Tally, Usage
 from pipeline.serve.meters import AnswerLogprobs, ReasoningMeter
 from pipeline.serve.order import Order
@@ -44,6 +47,7 @@ class Reading:
         self._tally = tally
         self._tally.usage = Usage(prompt_tokens=len(order.prompt_ids))
         self._ids: list[int] = []
+        self._tags = {chat.token_id(tag): tag for tag in TAGS}
 
     def begin(self, phase: Phase) -> list[Event]:
         """Start a phase with what is given; there may be no room left for it."""
@@ -75,7 +79,13 @@ class Reading:
             self._forget()
             self.outcome = "no_thought"
             return []
-        events = self._understand(delta)
+        if len(delta.ids) < 2:
+            events = self._understand(delta)
+        else:
+            events = []
+            for part in take_apart(delta, self._tags):
+                if self.outcome is None:
+                    events += self._understand(part)
         if delta.finish is None or self.outcome is not None:
             return events
         outcome = self._outcome(delta)
@@ -86,7 +96,10 @@ class Reading:
 
     def end(self) -> Ended:
         """The last event."""
-        return Ended("tool_calls" if self._num_calls else self._finish, self._finish)
+        was_thought = self.outcome == "thought" and self._order.ends_after_thinking
+        stop = END_THINK if was_thought else self._stops.met
+        finish = "tool_calls" if self._num_calls else self._finish
+        return Ended(finish, self._finish, stop)
 
     def _outcome(self, delta: Delta) -> Outcome:
         assert self._phase is not None

@@ -5,9 +5,15 @@ class StopStrings:
     """Let text through until the first stop string; what may begin one is held back."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
-        self.is_met = False
+        self.met: str | None = None
+        """The one that has ended the text."""
         self._stops = stops
         self._held = ""
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the text is over."""
+        return self.met is not None
 
     def feed(self, text: str) -> str:
         """Take the next text, give what is certainly before any stop."""
@@ -18,7 +24,7 @@ class StopStrings:
         found = [(text.find(stop) + len(stop), len(stop)) for stop in self._stops if stop in text]
         if found:
             end, size = min(found, key=lambda place: (place[0], -place[1]))
-            self.is_met, self._held = True, ""
+            self.met, self._held = text[end - size : end], ""
             return text[: end - size]
         certain = len(text) - self._undecided(text)
         self._held = text[certain:]

@@ -42,9 +42,8 @@ def keep_a_schema(model: ChatOpenRouter) -> None:
     assert place.invoke(dialogue.DESCRIBE) == dialogue.OSLO
 
 
-# By default it gives up after five silent seconds; and 0 retries are none of its own, which leaves
-# those of the client below it: an hour's.
-model = ChatOpenRouter(model=dialogue.MODEL, temperature=0, max_retries=1, timeout=60_000)
+# 0 retries are none of its own, which leaves those of the client below it: an hour's.
+model = ChatOpenRouter(model=dialogue.MODEL, temperature=0, max_retries=1)
 chat(model)
 stream(model)
 call_tools(model)

@@ -1,5 +1,10 @@
 """A reply that is streamed."""
 
+import asyncio
+import contextlib
+
+import aiohttp
+
 from pipeline.serve.probes.reply import FINISHES, check_usage
 from pipeline.serve.probes.seen import Fault, Seen, not_shown, passed
 from pipeline.serve.probes.stream import DONE, lines, read_frame
@@ -7,6 +12,8 @@ from pipeline.serve.probes.subject import Subject
 
 _ENDLESS = [{"role": "user", "content": "Count from one to five hundred, in words."}]
 _MAX_TOKENS = 512
+_PATIENCE_S = 10
+"""For the first token of a stream that is to be left; then it is left without."""
 
 
 async def content_type(subject: Subject) -> Seen:
@@ -76,13 +83,10 @@ async def cancellation(subject: Subject) -> Seen:
     body = subject.body(stream=True, messages=_ENDLESS, max_tokens=_MAX_TOKENS)
     async with subject.client.open(body) as response:
         generation = response.headers.get("X-Generation-Id")
-        async for line in lines(response):
-            if line.startswith(":"):
-                continue
-            bits = [] if line == f"data: {DONE}" else read_frame(line).get("choices") or []
-            if any(bit.get("finish_reason") for bit in bits):
-                return not_shown("the reply was over before it could be left")
-            break
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_PATIENCE_S):
+                if await _is_over(response):
+                    return not_shown("the reply was over before it could be left")
     await subject.ask(max_tokens=1)
     if generation is None:
         return not_shown("it answers on; nothing tells whether the reply has stopped")
@@ -93,3 +97,14 @@ async def cancellation(subject: Subject) -> Seen:
     if told.get("cancelled") is not True:
         raise Fault("a stream was left, and /generation says that it was not cancelled")
     return passed(f"cancelled after {told.get('tokens_completion')} tokens")
+
+
+async def _is_over(response: aiohttp.ClientResponse) -> bool:
+    """Whether the first chunk of a stream is its last."""
+    async for line in lines(response):
+        if line == f"data: {DONE}":
+            return True
+        if not line.startswith(":"):
+            bits = read_frame(line).get("choices") or []
+            return any(bit.get("finish_reason") for bit in bits)
+    return True

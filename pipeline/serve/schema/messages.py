@@ -46,6 +46,7 @@ class MessageWriter:
         self._open: str | None = None
         """The kind of the block that a stream is in."""
         self._stop_reason: str | None = None
+        self._stop_sequence: str | None = None
 
     def begin(self, echo: Body | None) -> bytes:
         """The empty message; an echo stands beside it, as there is no event for that."""
@@ -57,7 +58,7 @@ class MessageWriter:
     def frames(self, index: int, event: Event) -> bytes:  # noqa: ARG002 - one choice, always 0
         """An event; a block is closed once its successor, or the end, is known."""
         if isinstance(event, Ended):
-            self._stop_reason = _STOP_REASONS[event.finish]
+            self._end(event)
             return self._close()
         if isinstance(event, Called):
             arguments = {"type": "input_json_delta", "partial_json": event.call.arguments}
@@ -75,7 +76,7 @@ class MessageWriter:
         """Usage is cumulative, the prompt's included."""
         delta = {
             "stop_reason": self._stop_reason,
-            "stop_sequence": None,
+            "stop_sequence": self._stop_sequence,
             "stop_details": None,
             "container": None,
         }
@@ -91,7 +92,7 @@ class MessageWriter:
     def add(self, index: int, event: Event) -> None:  # noqa: ARG002 - one choice, always 0
         """Take an event of a whole message."""
         if isinstance(event, Ended):
-            self._stop_reason = _STOP_REASONS[event.finish]
+            self._end(event)
         elif isinstance(event, Called):
             self._blocks.append(_call(event, json.loads(event.call.arguments)))
         elif event.text:
@@ -107,6 +108,11 @@ class MessageWriter:
             body["error"] = _error_object(error, ())
         return body | _metadata(bill.metadata)
 
+    def _end(self, event: Ended) -> None:
+        is_stop = event.stop is not None and event.finish == "stop"
+        self._stop_reason = "stop_sequence" if is_stop else _STOP_REASONS[event.finish]
+        self._stop_sequence = event.stop if is_stop else None
+
     def _message(self, blocks: list[Body], usage: Body) -> Body:
         return {
             "id": self._heading.id,
@@ -117,7 +123,7 @@ class MessageWriter:
             "container": None,
             "content": blocks,
             "stop_reason": self._stop_reason,
-            "stop_sequence": None,
+            "stop_sequence": self._stop_sequence,
             "stop_details": None,
             "usage": usage,
         }

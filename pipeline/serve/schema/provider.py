@@ -58,6 +58,13 @@ def provider_document(served: Served, listing: Listing) -> Body:
         "openrouter": _openrouter(listing),
         "datacenters": _datacenters(listing, has_region=True),
         "deployment_region": listing.country_code,
+        "passthrough_parameters": {
+            "enable_thinking": {"type": "boolean"},
+            "chat_template_kwargs": {
+                "type": "object",
+                "properties": {"enable_thinking": {"type": "boolean"}},
+            },
+        },
         # Retired on 2026-09-30: accepted, and read by nobody.
         "compliance": _said({"zdr": listing.zdr, "hipaa": listing.hipaa}),
         **_operation(served, listing),
