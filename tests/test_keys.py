@@ -228,14 +228,15 @@ class Commands:
         self._run = run
         self.books = books
         self.keys = Keys(books, cache_s=0)
+        self._at = books.url.render_as_string(hide_password=False)
 
     def __call__(self, *arguments: str) -> str:
-        said = self._run("keys", *arguments, "--books", str(self.books.url.database))
+        said = self._run("keys", *arguments, "--books", self._at)
         assert said.code == 0, said.err
         return str(said.out)
 
     def refusal(self, *arguments: str) -> str:
-        said = self._run("keys", *arguments, "--books", str(self.books.url.database))
+        said = self._run("keys", *arguments, "--books", self._at)
         assert (said.code, said.out) == (2, "")
         return str(said.err)
 

@@ -528,3 +528,21 @@ def test_a_request_at_midnight_is_held_to_the_day_that_it_counts_for(
     monkeypatch.setattr(Own, "prepare", prepare_slowly)
 
     assert [house.ask(key).status for _ in range(3)] == [402, 200, 402]
+
+
+def test_while_the_books_cannot_be_read_a_limited_key_waits_and_another_does_not(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    free, limited_key = house.key(), house.key(limit_picodollars=10**12)
+    object.__setattr__(house.app, "keys", Keys(house.books, cache_s=3600))
+    assert (house.ask(free).status, house.ask(limited_key).status) == (200, 200)
+    with house.books.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE generations RENAME TO hidden")
+
+    refused = house.ask(limited_key)
+
+    assert error(refused)[:2] == (503, "provider_overloaded")
+    assert refused.headers["retry-after"] == "1"
+    assert house.ask(free).status == 200
+    assert "generations" in caplog.text
+    assert "SELECT" not in caplog.text, "the log quotes rows"

@@ -2,6 +2,8 @@
 
 import logging
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from pipeline.errors import (
     Availability,
     EngineDown,
@@ -31,6 +33,11 @@ def as_request_error(error: Exception) -> RequestError:
     if isinstance(error, EngineError):
         log.error("%s", error)
         return RequestError("Provider returned error", 502, "provider_unavailable")
+    if isinstance(error, SQLAlchemyError):
+        log.error("the books cannot be used: %s", getattr(error, "orig", type(error).__name__))
+        availability = Availability("temporarily_unavailable", retryable=True)
+        what = "Keys and their limits cannot be looked up now; try again"
+        return RequestError(what, 503, "provider_overloaded", 1, availability)
     log.error("a request failed", exc_info=error)
     return RequestError(INTERNAL_ERROR, 500, "server")
 

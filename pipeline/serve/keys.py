@@ -107,10 +107,11 @@ class Keys:
         ]
         none_yet = select(*values).where(~exists(select(tables.keys.c.id).where(_IS_THERE)))
         with self._books.begin() as connection:
-            # A number of rows is not what every database tells of such an insertion.
-            made = insert(tables.keys).from_select(columns, none_yet).returning(tables.keys.c.id)
-            is_made = connection.execute(made).first() is not None
-        return key if is_made else None
+            if connection.dialect.name == "postgresql":  # where two may both see that none is there
+                connection.exec_driver_sql("LOCK TABLE keys IN SHARE ROW EXCLUSIVE MODE")
+            inserting = insert(tables.keys).from_select(columns, none_yet)
+            made = connection.execute(inserting.returning(tables.keys.c.id)).first()
+        return key if made else None
 
     def all(self) -> list[Key]:
         """Every key, oldest first."""
