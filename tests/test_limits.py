@@ -542,7 +542,7 @@ def test_while_the_books_cannot_be_read_a_limited_key_waits_and_another_does_not
     refused = house.ask(limited_key)
 
     assert error(refused)[:2] == (503, "provider_overloaded")
-    assert refused.headers["retry-after"] == "1"
+    assert int(refused.headers["retry-after"]) >= 1
     assert house.ask(free).status == 200
     assert "generations" in caplog.text
     assert "SELECT" not in caplog.text, "the log quotes rows"

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from pipeline.errors import RequestError
+from pipeline.serve.door import rate_limit_headers
 from pipeline.serve.endpoint import Answering
 from pipeline.serve.events import Usage
 from pipeline.serve.keys import Key
@@ -159,11 +160,7 @@ class Limits:
 
     def _too_much(self, what: str, most: int, used: int, wait_s: float) -> RequestError:
         retry_after_s = max(1, math.ceil(wait_s))
-        headers = {
-            "X-RateLimit-Limit": str(most),
-            "X-RateLimit-Remaining": str(max(0, most - used)),
-            "X-RateLimit-Reset": str(int((self.now_s() + retry_after_s) * 1000)),
-        }
+        headers = rate_limit_headers(most, max(0, most - used), self.now_s() + retry_after_s)
         return RequestError(
             f"Rate limit exceeded: this key may use {what}; try again in {retry_after_s} s",
             429,
