@@ -175,7 +175,15 @@ def _start_litellm(stack: ExitStack, program: Path, engine: str, folder: Path) -
     key = f"sk-{secrets.token_hex(32)}"
     settings = {"model_list": models, "general_settings": {"master_key": key}}
     config.write_text(json.dumps(settings), encoding="utf-8")
-    command = [str(program), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        str(program.absolute()),
+        "--config",
+        str(config.absolute()),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     # Its list of prices is otherwise fetched from elsewhere.
     environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
     said = stack.enter_context((folder / "litellm.log").open("w", encoding="utf-8"))
