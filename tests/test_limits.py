@@ -483,7 +483,7 @@ def test_no_key_is_written_to_the_books_or_the_log(
     statuses = [house.ask(sent).status for sent in (key, text, text, text, text)]
 
     assert statuses == [401, 200, 200, 200, 429]
-    written = [file.read_bytes() for file in tmp_path.iterdir()]
+    written = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
     assert any(b"mine" in content for content in written), "the books are not where we looked"
     for secret in (key[9:], text[9:]):
         assert not any(secret.encode() in content for content in written)
