@@ -116,7 +116,14 @@ class App:
             "/model/{model}": models.one,
             "/models/{model}/endpoints": models.endpoints,
         }
-        of_keys = {
+        return Routes(of_server, of_api, of_models, self._of_keys())
+
+    @functools.cached_property
+    def _limits(self) -> Limits:
+        return Limits(self.ledger, self.now_s)
+
+    def _of_keys(self) -> dict[str, dict[str, PartHandler]]:
+        return {
             "/keys": {"GET": self._managed(Managing.all), "POST": self._managed(Managing.create)},
             "/keys/{hash}": {
                 "GET": self._managed(Managing.one),
@@ -124,11 +131,6 @@ class App:
                 "DELETE": self._managed(Managing.delete),
             },
         }
-        return Routes(of_server, of_api, of_models, of_keys)
-
-    @functools.cached_property
-    def _limits(self) -> Limits:
-        return Limits(self.ledger, self.now_s)
 
     def _managed(self, work: Callable[[Managing, Exchange, str], Awaitable[None]]) -> PartHandler:
         async def answer(exchange: Exchange, part: str) -> None:
