@@ -15,6 +15,7 @@ PipelineError            exit code 2
 └── RequestError         an HTTP request that cannot be answered; carries its status
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +99,10 @@ class Availability:
 
 
 class RequestError(PipelineError):
-    """A request that cannot be answered; `status` and `error_type` are what the client sees."""
+    """A request that cannot be answered; `status` and `error_type` are what the client sees.
+
+    The headers go with the response, and into its body too.
+    """
 
     def __init__(
         self,
@@ -107,9 +111,11 @@ class RequestError(PipelineError):
         error_type: str = "invalid_request",
         retry_after_s: int | None = None,
         availability: Availability | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.error_type = error_type
         self.retry_after_s = retry_after_s
         self.availability = availability
+        self.headers = headers or {}

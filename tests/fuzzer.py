@@ -96,7 +96,8 @@ class Fuzzer:
 
     def _odd_request(self) -> Request:
         model = self._pick(["local/tiny", "a/b", "//", *TEXTS])
-        path = self._pick(list(OPERATIONS)).replace("{model}", model) + self._pick(ENDS)
+        form = self._pick(list(OPERATIONS)).rpartition(" ")[2]
+        path = form.replace("{model}", model).replace("{hash}", model) + self._pick(ENDS)
         prefix = self._pick(["/api/v1", "/v1", "", "//", "/API/v1"])
         names = [*ModelsQuery.model_fields, "id", "date", "key"]
         pairs = [

@@ -7,16 +7,22 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import closing
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
+from books import generation
 from sqlalchemy import Engine, update
 from sqlalchemy.exc import DBAPIError
 
 from pipeline.errors import BooksError, RequestError
 from pipeline.serve import tables
 from pipeline.serve.books import open_books
-from pipeline.serve.keys import Key, Keys, first_key
+from pipeline.serve.keys import Key, Keys, first_key, hash_key
+from pipeline.serve.ledger import Ledger
 
 FIRST = """
 import sys
@@ -192,6 +198,188 @@ def test_keys_are_listed_from_the_users_own_books_without_secrets(tmp_path: Path
 
     assert "pipeline keys create" in none_yet
     assert re.fullmatch(
-        rf"a team  sk-or-v1-{text[9:12]}\.\.\.{text[-3:]}  \d{{4}}-\d\d-\d\d \d\d:\d\d UTC\n",
+        rf"a team  sk-or-v1-{text[9:12]}\.\.\.{text[-3:]}  {hash_key(text)[:8]}"
+        r"  made \d{4}-\d\d-\d\d \d\d:\d\d UTC  used 0 USD\n",
         listed,
     )
+
+
+LIMITS = (
+    *("--limit", "2.50", "--limit-reset", "weekly", "--requests-per-minute", "60"),
+    *("--tokens-per-minute", "9000", "--streams", "4", "--models", "me/a, me/b:free"),
+    *("--expires", "2099-01-31T12:30"),
+)
+SAID = (
+    "used 1.5 USD  limit 2.5 USD weekly, 2.5 left  60 requests a minute  9000 tokens a minute  "
+    "4 at the same time  asks me/a, me/b:free  expires 2099-01-31 12:30 UTC"
+)
+
+
+class Commands:
+    """`pipeline keys` over books of its own, in this process."""
+
+    def __init__(self, run: Any, books: Engine) -> None:
+        self._run = run
+        self.books = books
+        self.keys = Keys(books, cache_s=0)
+        self._at = books.url.render_as_string(hide_password=False)
+
+    def __call__(self, *arguments: str) -> str:
+        said = self._run("keys", *arguments, "--books", self._at)
+        assert said.code == 0, said.err
+        return str(said.out)
+
+    def refusal(self, *arguments: str) -> str:
+        said = self._run("keys", *arguments, "--books", self._at)
+        assert (said.code, said.out) == (2, "")
+        return str(said.err)
+
+
+@pytest.fixture
+def commands(pipeline: Any, books: Engine) -> Commands:
+    return Commands(pipeline, books)
+
+
+def create(commands: Commands, name: str, *arguments: str) -> str:
+    """The new key's text: the last line, and nothing beside it."""
+    text = commands("create", "--name", name, *arguments).splitlines()[-1]
+    assert re.fullmatch("sk-or-v1-[0-9a-f]{64}", text)
+    return text
+
+
+def test_a_key_is_made_with_its_limits_and_listed_with_its_use(commands: Commands):
+    text = create(commands, "laptop", *LIMITS)
+    create(commands, "boss", "--management")
+    key, boss = commands.keys.all()
+    with closing(Ledger(commands.books)) as ledger:
+        row = generation(key_id=key.id, cost_picodollars=1_500_000_000_000, created_ms=0)
+        asyncio.run(ledger.record(row))
+
+    first, second = commands("list").splitlines()
+
+    assert first.startswith(f"laptop  {key.label}  {hash_key(text)[:8]}  made ")
+    assert first.endswith(SAID)
+    assert second.startswith("boss    ")
+    assert second.endswith("manages keys")
+    assert (boss.is_management, key.is_management) == (True, False)
+
+
+def test_limits_are_changed_one_by_one_and_taken_away(commands: Commands):
+    create(commands, "laptop", *LIMITS)
+    before = commands.keys.all()[0]
+
+    shown = commands("limit", "laptop", "--limit", "9", "--streams", "none")
+    after = commands.keys.all()[0]
+
+    assert "limit 9 USD weekly, 9 left  60 requests" in shown
+    changed = {"limit_picodollars": 9 * 10**12, "streams": None, "updated_ms": after.updated_ms}
+    assert after == replace(before, **changed)
+    words = ("limit", "limit-reset", "requests-per-minute", "tokens-per-minute", "models")
+    commands("limit", "laptop", *(part for word in words for part in (f"--{word}", "none")))
+    commands("limit", "laptop", "--expires", "none")
+    free = commands.keys.all()[0]
+    assert free.limit_picodollars is free.limit_reset is free.models is free.expires_ms is None
+    assert free.requests_per_minute is free.tokens_per_minute is None
+    assert "nothing to change" in commands.refusal("limit", "laptop")
+
+
+def test_a_key_is_disabled_and_enabled(commands: Commands):
+    header = f"Bearer {create(commands, 'laptop')}"
+
+    assert commands("disable", "laptop").endswith("disabled\n")
+    assert refusal(commands.keys, header)[0] == 401
+    assert "disabled" not in commands("enable", "laptop")
+    assert check(commands.keys, header).name == "laptop"
+
+
+def test_a_rotated_key_keeps_its_limits_and_its_use_and_loses_its_text(commands: Commands):
+    old = create(commands, "laptop", *LIMITS)
+    before = commands.keys.all()[0]
+
+    text = commands("rotate", "laptop").splitlines()[-1]
+    after = check(commands.keys, f"Bearer {text}")
+
+    assert refusal(commands.keys, f"Bearer {old}")[0] == 401
+    new = {name: getattr(after, name) for name in ("hash", "label", "updated_ms")}
+    assert after == replace(before, **new)
+    assert before.hash != after.hash
+
+
+def test_a_deleted_key_opens_nothing_and_its_generations_stay(commands: Commands):
+    header = f"Bearer {create(commands, 'laptop')}"
+    key = check(commands.keys, header)
+    with closing(Ledger(commands.books)) as ledger:
+        asyncio.run(ledger.record(generation(key_id=key.id)))
+
+        commands("delete", key.label)
+
+        found = asyncio.run(ledger.find(generation().id))
+    assert found is not None
+    assert found.key_id == key.id
+    assert refusal(commands.keys, header)[0] == 401
+    assert "no keys yet" in commands("list")
+    assert first_key(commands.keys) is not None, "without a key nobody gets in"
+
+
+def test_a_key_is_named_by_name_label_or_hash_and_only_one_is_meant(commands: Commands):
+    create(commands, "twin")
+    text = create(commands, "twin")
+    first, second = commands.keys.all()
+
+    ambiguous = commands.refusal("disable", "twin")
+    commands("disable", hash_key(text)[:8])
+
+    assert f"2 keys are called twin; name one by its hash: {first.hash[:8]}" in ambiguous
+    assert [key.disabled for key in commands.keys.all()] == [False, True]
+    commands("disable", first.label)
+    assert all(key.disabled for key in commands.keys.all())
+    assert "no key is called nobody" in commands.refusal("delete", "nobody")
+    assert "no key is called" in commands.refusal("delete", second.hash[:3])
+
+
+@pytest.mark.parametrize(
+    ("option", "word", "sentence"),
+    [
+        ("--limit", "much", "--limit: give a number of US dollars"),
+        ("--limit", "-1", "--limit: "),
+        ("--limit", "1e9", "--limit: at most 9000000 US dollars"),
+        ("--streams", "0", "--streams: "),
+        ("--requests-per-minute", "1.5", "--requests-per-minute: "),
+        ("--models", "tiny", "--models: 'tiny' is no model such as acme/support"),
+        ("--expires", "soon", "--expires: 'soon' is no time"),
+        ("--expires", "2020-01-01", "--expires: 2020-01-01 is over"),
+        ("--limit-reset", "hourly", "--limit-reset"),
+    ],
+)
+def test_an_option_that_is_wrong_is_named_and_no_key_is_made(
+    commands: Commands, option: str, word: str, sentence: str
+):
+    assert sentence in commands.refusal("create", "--name", "x", option, word)
+    assert commands.keys.all() == []
+
+
+def test_books_of_an_older_program_keep_their_keys_and_what_these_have_spent(tmp_path: Path):
+    """Made as revision 0002 made them."""
+    with open_books(str(tmp_path)) as books:
+        text = Keys(books).create("old")
+        with closing(Ledger(books)) as ledger:
+            asyncio.run(ledger.record(generation(key_id=1)))
+        back_to_0002(books)
+
+    with open_books(str(tmp_path)) as books, closing(Ledger(books)) as ledger:
+        key = check(Keys(books), f"Bearer {text}")
+        assert (key.name, key.limit_picodollars, key.is_management) == ("old", None, False)
+        assert asyncio.run(ledger.spent(key.id, date(2026, 1, 1))).ever == 5 * 10**12
+
+
+def back_to_0002(books: Engine) -> None:
+    new = set(Key.__dataclass_fields__) | {"deleted_ms"}
+    new -= {"id", "hash", "label", "name", "created_ms", "disabled"}
+    with books.begin() as connection:
+        for name in new:
+            connection.exec_driver_sql(f"ALTER TABLE keys DROP COLUMN {name}")
+        connection.exec_driver_sql("DROP INDEX ix_generations_key_id")
+        connection.exec_driver_sql(
+            "CREATE INDEX ix_generations_key_id ON generations (key_id, created_ms)"
+        )
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0002'")

@@ -17,7 +17,8 @@ from pipeline.errors import BooksError
 from pipeline.serve import tables
 from pipeline.serve.books import open_books
 from pipeline.serve.keys import Keys
-from pipeline.serve.ledger import Generation, Ledger, Spent
+from pipeline.serve.ledger import Generation, Ledger
+from pipeline.serve.spending import Spent
 
 RECORD_AND_HANG = """
 import asyncio, sys, time
@@ -198,7 +199,12 @@ def test_what_a_key_has_spent_counts_from_the_beginning_of_day_week_and_month(
         asyncio.run(ledger.record(row))
     asyncio.run(ledger.record(generation(9, cost_picodollars=7)))
 
-    assert asyncio.run(ledger.spent(key_id, wednesday)) == Spent(1111, 1, 11, 1)
-    assert asyncio.run(ledger.spent(key_id, datetime.date(2026, 4, 2))) == Spent(1111, 0, 11, 1)
+    last_ms = int(datetime.datetime(2026, 4, 1, tzinfo=datetime.UTC).timestamp() * 1000)
+    spent = Spent(1111, 1, 11, 1, last_ms)
+    assert asyncio.run(ledger.spent(key_id, wednesday)) == spent
+    assert asyncio.run(ledger.spent_by_key(wednesday))[key_id] == spent
+    next_day = asyncio.run(ledger.spent(key_id, datetime.date(2026, 4, 2)))
+    assert next_day == Spent(1111, 0, 11, 1, last_ms)
     assert asyncio.run(ledger.spent(None, wednesday)).ever == 7
+    assert asyncio.run(ledger.spent_by_key(wednesday)).keys() == {key_id, None}
     assert asyncio.run(ledger.spent(99, wednesday)) == Spent()

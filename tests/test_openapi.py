@@ -42,6 +42,14 @@ def key_and_app(chat: Chat, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield keys.create("mine"), App(catalog, keys, ledger)
 
 
+def may_ask(app: App, key: str, path: str) -> str:
+    """The key, or one that manages keys where only such a one may ask."""
+    if not key or "/keys" not in path:
+        return key
+    assert app.keys is not None
+    return app.keys.create("manager", is_management=True)
+
+
 @pytest.fixture
 def app(key_and_app: tuple[str, App]) -> App:
     return key_and_app[1]
@@ -68,14 +76,15 @@ def post(app: App, path: str, key: str, body: Any) -> Answer:
 
 
 def told_as(path: str) -> str:
-    """A route of the table as the document has it."""
-    return path.replace("{model}", "{author}/{slug}")
+    """The path of a route of the table as the document has it."""
+    return path.rpartition(" ")[2].replace("{model}", "{author}/{slug}")
 
 
 def operation(document: Any, path: str) -> tuple[str, Any]:
     """Its method and what is said of it."""
     item = document["paths"][told_as(path)]
-    (method,) = item.keys() - {"servers"}
+    method, _, _ = path.rpartition(" ")
+    (method,) = [method.lower()] if method else item.keys() - {"servers"}
     return method.upper(), item[method]
 
 
@@ -100,10 +109,20 @@ def ask_route(app: App, document: Any, path: str, key: str) -> Answer:
     """With all that it needs, and nothing beside it."""
     method, said = operation(document, path)
     prefix = "" if "servers" in document["paths"][told_as(path)] else "/api/v1"
-    url = prefix + path.replace("{model}", "local/tiny")
-    if method == "POST":
+    url = prefix + path.rpartition(" ")[2].replace("{model}", "local/tiny")
+    key = may_ask(app, key, path)
+    if "{hash}" in url:
+        assert app.keys is not None
+        app.keys.create("to be told of")
+        url = url.replace("{hash}", app.keys.all()[-1].hash)
+    if "requestBody" in said:
         example = said["requestBody"]["content"]["application/json"]["example"]
-        return post(app, path, key, example | ({"max_tokens": 9} if "messages" in example else {}))
+        body = example | ({"max_tokens": 9} if "messages" in example else {})
+        headers = {"x-api-key": key} if key else {}
+        return asyncio.run(ask(app, method, url, headers, json.dumps(body).encode()))
+    if method == "DELETE":
+        headers = {"x-api-key": key} if key else {}
+        return asyncio.run(ask(app, method, url, headers))
     wanted = [p["name"] for p in said["parameters"] if p["in"] == "query" and p["required"]]
     reply = post(app, "/chat/completions", key, ANSWERED["/chat/completions"][0])
     name = reply.headers.get("x-generation-id", "")
@@ -114,9 +133,12 @@ def test_the_document_has_the_routes_that_there_are_and_no_others(app: App, docu
     routes = app._routes
     there = {path: method for path, (method, _) in {**routes.of_server, **routes.of_api}.items()}
     there |= dict.fromkeys(routes.of_models, "GET")
+    several = [(path, method) for path, handlers in routes.of_keys.items() for method in handlers]
+    there |= {f"{method} {path}": method for path, method in several}
 
     assert there.keys() == OPERATIONS.keys()
     assert document["paths"].keys() == {told_as(path) for path in there}
+    assert {m.upper() for m in document["paths"]["/keys/{hash}"]} == {"GET", "PATCH", "DELETE"}
     for path, method in there.items():
         assert operation(document, path)[0] == method
         servers = document["paths"][told_as(path)].get("servers", document["servers"])
@@ -144,7 +166,7 @@ def test_every_field_of_a_request_is_described_and_nothing_else_is(document: Any
     bodies = [name for name in schemas if re.fullmatch(r"[A-Z]\w+Body", name)]
     there = {field for name in bodies for field in schemas[name]["properties"]}
 
-    assert len(bodies) == 5
+    assert len(bodies) == 7
     assert there == FIELDS.keys()
     assert schemas["ChatBody"]["properties"]["top_p"]["anyOf"][0]["exclusiveMinimum"] == 0
 
@@ -169,7 +191,7 @@ def test_every_answer_is_as_its_shape_says_and_has_nothing_more(
 
     check(document, path, answer)
     shape = OPERATIONS[path].answer
-    assert (answer.status == 200) == (shape is not None)
+    assert (answer.status == OPERATIONS[path].status) == (shape is not None)
     if shape is not None and answer.content_type == "application/json":
         shape.model_validate_json(answer.body, extra="forbid")
 
@@ -251,10 +273,10 @@ def test_the_page_is_html_that_needs_nothing_else(app: App, document: Any) -> No
 def test_the_page_tells_of_every_route_and_every_field(app: App, document: Any) -> None:
     page = html.unescape(get(app, "/docs").body.decode())
 
-    for path in document["paths"]:
-        prefix = "" if "servers" in document["paths"][path] else "/api/v1"
+    for path in PATHS:
+        prefix = "" if "servers" in document["paths"][told_as(path)] else "/api/v1"
         method, said = operation(document, path)
-        assert f"<code>{method} {prefix}{path}</code>" in page
+        assert f"<code>{method} {prefix}{told_as(path)}</code>" in page
         assert said["summary"] in page
     for name, schema in document["components"]["schemas"].items():
         for field in schema.get("properties", ()):
@@ -293,7 +315,13 @@ POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.Generati
 def test_schemathesis_finds_no_fault(key_and_app: Any, path: str, mode: Any) -> None:
     key, app = key_and_app
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
-    (found,) = [o.ok() for o in schema.get_all_operations() if o.ok().path == told_as(path)]
+    method, _, _ = path.rpartition(" ")
+    (found,) = [
+        o.ok()
+        for o in schema.get_all_operations()
+        if o.ok().path == told_as(path) and method in ("", o.ok().method.upper())
+    ]
+    key = may_ask(app, key, path)
 
     @seed(7)
     @settings(max_examples=20, database=None, suppress_health_check=list(HealthCheck))

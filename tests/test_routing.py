@@ -248,6 +248,9 @@ def test_a_full_engine_turns_away_at_once_and_another_model_may_answer(chat: Cha
 
     assert full.status == 429
     assert full.headers["Retry-After"] == "1"
+    told = full.error["metadata"]["headers"]
+    assert (told["X-RateLimit-Limit"], told["X-RateLimit-Remaining"]) == ("1", "0")
+    assert {name: full.headers[name] for name in told} == told
     availability = full.error["availability"]
     assert (availability["code"], availability["retryable"]) == ("capacity_exhausted", True)
     assert availability["retry_after"] == 1

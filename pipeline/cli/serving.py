@@ -29,6 +29,12 @@ def serve(  # noqa: PLR0913 - each is an option
     port: Annotated[
         int | None, typer.Option(help="0 takes any free port.", show_default="8000")
     ] = None,
+    host: Annotated[
+        str, typer.Option(help="Where it listens; 0.0.0.0 is everywhere, once there is a key.")
+    ] = "127.0.0.1",
+    is_open: Annotated[
+        bool, typer.Option("--open", help="Everybody is answered, without a key.")
+    ] = False,
     engine: Annotated[
         str,
         typer.Option(
@@ -83,6 +89,8 @@ def serve(  # noqa: PLR0913 - each is an option
     from pipeline.serve.settings import Settings
 
     settings = Settings(
+        host=host,
+        is_open=is_open,
         port=port,
         engine=engine,
         artefact=artefact,

@@ -9,7 +9,8 @@ from pipeline.errors import RequestError
 from pipeline.serve import schema
 from pipeline.serve.exchange import Exchange
 from pipeline.serve.keys import Key
-from pipeline.serve.ledger import Generation, Ledger, Spent
+from pipeline.serve.ledger import Generation, Ledger
+from pipeline.serve.limits import Limits
 
 NUM_DAYS = 30
 """So many of those that are over are told of."""
@@ -21,14 +22,19 @@ class Account:
     """Handlers over the ledger; None keeps nothing."""
 
     ledger: Ledger | None
+    limits: Limits
 
     async def key(self, exchange: Exchange, key: Key | None) -> None:
         """GET /key."""
-        await exchange.answer(schema.key_body(key, await self._spent(key)), 200, {})
+        await exchange.answer(schema.key_body(key, await self.limits.spent(key)), 200, {})
 
     async def credits(self, exchange: Exchange, key: Key | None) -> None:
-        """GET /credits, of this key."""
-        await exchange.answer(schema.credits_body(await self._spent(key)), 200, {})
+        """GET /credits, of this key; who manages keys is told of all of them."""
+        if key and key.is_management:
+            spent = sum(s.ever for s in (await self.limits.spent_by_key()).values())
+        else:
+            spent = (await self.limits.spent(key)).ever
+        await exchange.answer(schema.credits_body(spent), 200, {})
 
     async def generation(self, exchange: Exchange, key: Key | None) -> None:
         """GET /generation."""
@@ -42,17 +48,13 @@ class Account:
 
     async def activity(self, exchange: Exchange, key: Key | None) -> None:
         """GET /activity, of this key."""
-        today = datetime.datetime.now(datetime.UTC).date()
+        today = self.limits.today()
         first, last = today - NUM_DAYS * _DAY, today - _DAY
         if wanted := exchange.query.get("date"):
             first = last = _parse_day(wanted, first, last)
         key_id = key.id if key else None
         rows = await self.ledger.daily_use(key_id, first, last) if self.ledger else []
         await exchange.answer(schema.activity_body(rows), 200, {})
-
-    async def _spent(self, key: Key | None) -> Spent:
-        today = datetime.datetime.now(datetime.UTC).date()
-        return await self.ledger.spent(key.id if key else None, today) if self.ledger else Spent()
 
     async def _find(self, exchange: Exchange, key: Key | None) -> Generation:
         """The one that the query names; another key's is not there."""

@@ -2,11 +2,13 @@
 
 import contextlib
 import functools
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from starlette.types import Receive, Scope, Send
 
+from pipeline.errors import RequestError
 from pipeline.serve.account import Account
 from pipeline.serve.catalog import Catalog
 from pipeline.serve.endpoints import Endpoints
@@ -15,11 +17,13 @@ from pipeline.serve.failures import as_request_error
 from pipeline.serve.inference import Inference
 from pipeline.serve.keys import Key, Keys
 from pipeline.serve.ledger import Ledger
+from pipeline.serve.limits import Limits
+from pipeline.serve.managing import Managing
 from pipeline.serve.metrics import CONTENT_TYPE, Metrics
 from pipeline.serve.models import Models
 from pipeline.serve.openapi.description import Description
 from pipeline.serve.response_cache import ResponseCache
-from pipeline.serve.routes import Handler, Routes
+from pipeline.serve.routes import Handler, PartHandler, Routes
 from pipeline.serve.schema.reply import USUAL, ChatStyle
 from pipeline.serve.skin import Skin
 from pipeline.serve.skins.chat import Chat
@@ -27,6 +31,8 @@ from pipeline.serve.skins.completions import Completions
 from pipeline.serve.skins.messages import Messages
 from pipeline.serve.skins.responses import Responses
 
+_ONLY_MANAGEMENT = "Only management keys can perform this operation"
+_NOT_MANAGEMENT = "A management key manages keys and asks for no reply; send an ordinary key"
 KEEP_ALIVE_S = 3.0
 """Some official clients give up after five seconds in which nothing came."""
 KeyHandler = Callable[[Exchange, Key | None], Awaitable[None]]
@@ -44,6 +50,8 @@ class App:
     keep_alive_s: float = KEEP_ALIVE_S
     endpoints_of: Endpoints = field(default_factory=Endpoints)
     """Where a model may be asked."""
+    now_s: Callable[[], float] = time.time
+    """Since the epoch: by it limits begin anew."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, whatever happens."""
@@ -60,6 +68,7 @@ class App:
                 if not exchange.is_started:
                     wait_s = failure.retry_after_s
                     headers = {} if wait_s is None else {"Retry-After": str(wait_s)}
+                    headers |= failure.headers
                     asked, metadata = exchange.asked_models, exchange.metadata
                     body = exchange.skin.error_body(failure, asked, metadata)
                     await exchange.answer(body, failure.status, headers)
@@ -74,7 +83,8 @@ class App:
 
     @functools.cached_property
     def _routes(self) -> Routes:
-        models, account = Models(self.catalog, self.endpoints_of), Account(self.ledger)
+        models = Models(self.catalog, self.endpoints_of)
+        account = Account(self.ledger, self._limits)
         description = Description(lambda: self._routes)
         of_server: dict[str, tuple[str, Handler]] = {
             "/health": ("GET", self._health),
@@ -106,13 +116,37 @@ class App:
             "/model/{model}": models.one,
             "/models/{model}/endpoints": models.endpoints,
         }
-        return Routes(of_server, of_api, of_models)
+        return Routes(of_server, of_api, of_models, self._of_keys())
+
+    @functools.cached_property
+    def _limits(self) -> Limits:
+        return Limits(self.ledger, self.now_s)
+
+    def _of_keys(self) -> dict[str, dict[str, PartHandler]]:
+        return {
+            "/keys": {"GET": self._managed(Managing.all), "POST": self._managed(Managing.create)},
+            "/keys/{hash}": {
+                "GET": self._managed(Managing.one),
+                "PATCH": self._managed(Managing.change),
+                "DELETE": self._managed(Managing.delete),
+            },
+        }
+
+    def _managed(self, work: Callable[[Managing, Exchange, str], Awaitable[None]]) -> PartHandler:
+        async def answer(exchange: Exchange, part: str) -> None:
+            key = await self._admit(exchange)
+            if self.keys is None or key is None or not key.is_management:
+                raise RequestError(_ONLY_MANAGEMENT, 403, "permission_denied")
+            await work(Managing(self.keys, self._limits), exchange, part)
+
+        return answer
 
     def _infer(self, skin: Skin) -> Handler:
         inference = Inference(
             self.catalog,
             self.endpoints_of,
             self.ledger,
+            self._limits,
             self.cache,
             self.keep_alive_s,
             self.metrics,
@@ -122,6 +156,8 @@ class App:
             exchange.skin, key = skin, None
             try:
                 key = await self._admit(exchange)
+                if key is not None and key.is_management:
+                    raise RequestError(_NOT_MANAGEMENT, 403, "permission_denied")
                 await inference.answer(exchange, key, skin)
             except HungUp:
                 raise

@@ -1,6 +1,7 @@
 """How many requests an engine may have before it: the rest are told at once to come back."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,6 +9,15 @@ from pipeline.errors import Availability, RequestError
 
 WAIT_S = 1
 """When who was turned away may try again."""
+
+
+def rate_limit_headers(limit: int, remaining: int, reset_s: float) -> dict[str, str]:
+    """Of a 429, and of nothing else; it is over then, by seconds since the epoch."""
+    return {
+        "X-RateLimit-Limit": str(limit),
+        "X-RateLimit-Remaining": str(remaining),
+        "X-RateLimit-Reset": str(int(reset_s * 1000)),
+    }
 
 
 @dataclass
@@ -38,6 +48,7 @@ class Door:
                 "rate_limit_exceeded",
                 WAIT_S,
                 Availability("capacity_exhausted", retryable=True),
+                rate_limit_headers(self.max_inside, 0, time.time() + WAIT_S),
             )
         self.num_inside += 1
         try:

@@ -9,7 +9,7 @@ from pipeline.engine.protocol import Lane
 from pipeline.serve.catalog import Served
 from pipeline.serve.choices import Indexed, answer_all
 from pipeline.serve.door import Door
-from pipeline.serve.events import Tally
+from pipeline.serve.events import Tally, Usage
 from pipeline.serve.order import Order, decide, is_short
 from pipeline.serve.price import Price
 from pipeline.serve.request import ChatRequest
@@ -28,12 +28,20 @@ class Answering:
     has_logprobs: bool = False
     num_prompt_tokens: int = 0
     """0 if they are counted elsewhere."""
+    max_completion_tokens: int = 0
+    """Of each choice."""
     ignored: tuple[str, ...] = ()
     """Request fields that change nothing there, named to the client."""
     is_compressed: bool = False
     """Whether messages were left out for want of room."""
     echo: dict[str, Any] = field(default_factory=dict)
     """What the engine is asked, for clients that debug."""
+
+    @property
+    def most(self) -> Usage:
+        """More cannot be used of it."""
+        prompt = self.num_prompt_tokens or self.endpoint.served.context_tokens
+        return Usage(prompt, self.max_completion_tokens * len(self.tallies))
 
 
 class Endpoint(Protocol):
@@ -141,6 +149,7 @@ class Own:
             order.shows_reasoning,
             order.top_logprobs is not None,
             len(order.prompt_ids),
+            order.sampling.max_tokens,
             order.ignored,
             order.is_compressed,
             _echo(order, served) if request.debug and request.debug.echo_upstream_body else {},

@@ -50,12 +50,14 @@ class Away:
     async def prepare(self, request: ChatRequest, lane: Lane) -> Answering:  # noqa: ARG002
         """What is wrong with a request is for that server to say; lanes are of engines here."""
         tallies = [Tally() for _ in range(request.n or 1)]
+        asked = request.max_completion_tokens or request.max_tokens
         wants_echo = request.debug is not None and request.debug.echo_upstream_body
         return Answering(
             self,
             self.elsewhere.answer(request, tallies),
             tallies,
             shows_reasoning(request),
+            max_completion_tokens=asked or self.served.max_completion_tokens,
             ignored=self.elsewhere.ignored(request),
             echo=self.elsewhere.body(request) if wants_echo else {},
         )

@@ -39,8 +39,9 @@ def as_request_error(error: Exception) -> RequestError:
         return RequestError("Provider returned error", 502, "provider_unavailable")
     if isinstance(error, _BOOKS_AWAY):
         log.error("the books do not answer: %s", why(error))
+        availability = Availability("temporarily_unavailable", retryable=True)
         what = "The books of this server do not answer; try again"
-        return RequestError(what, 503, "provider_overloaded", _BOOKS_WAIT_S)
+        return RequestError(what, 503, "provider_overloaded", _BOOKS_WAIT_S, availability)
     log.error("a request failed", exc_info=error)
     return RequestError(INTERNAL_ERROR, 500, "server")
 

@@ -20,6 +20,7 @@ from pipeline.serve.exchange import Exchange, HungUp, Opening
 from pipeline.serve.failures import as_request_error, is_passing
 from pipeline.serve.keys import Key
 from pipeline.serve.ledger import Ledger
+from pipeline.serve.limits import Limits, permitted
 from pipeline.serve.metrics import Metrics
 from pipeline.serve.presets import with_preset
 from pipeline.serve.record import Arrival, Record
@@ -83,13 +84,18 @@ class Inference:
     catalog: Catalog
     endpoints_of: Endpoints
     ledger: Ledger | None
+    limits: Limits
     cache: ResponseCache
     keep_alive_s: float
     metrics: Metrics = field(default_factory=Metrics)
 
     async def answer(self, exchange: Exchange, key: Key | None, skin: Skin) -> None:
         """Raises what the client must be told, unless something was sent."""
-        arrival = Arrival.now(key, exchange.headers)
+        arrival = Arrival.now(key, exchange.headers, self.limits.now_s())
+        with self.limits.entered(key):
+            await self._answer(exchange, arrival, skin)
+
+    async def _answer(self, exchange: Exchange, arrival: Arrival, skin: Skin) -> None:
         body = await exchange.read_body()
         values = parse_object(body)
         asked = skin.read(values)
@@ -97,6 +103,7 @@ class Inference:
         request = with_preset(asked, self.catalog.presets)
         route = find_route(request, self.catalog, self.endpoints_of)
         route = dataclasses.replace(route, requested=(*exchange.asked_models, route.requested)[0])
+        route = permitted(route, arrival.key)
         path = exchange.scope["path"]
         repeating = find_wish(self.cache, arrival, path, body, route, request)
         asking = Asking(exchange, skin, arrival, values, request, route, repeating)
@@ -145,6 +152,12 @@ class Inference:
         answering = await endpoint.prepare(asking.request, _lane(asking))
         keeps = asking.repeating is not None
         record = Record(asking.arrival, asking.request, answering, keeps_events=keeps)
+        async with self.limits.reserved(asking.arrival, record):
+            await self._make(asking, record, endpoint, is_last=is_last)
+
+    async def _make(
+        self, asking: Asking, record: Record, endpoint: Endpoint, *, is_last: bool
+    ) -> None:
         if self.ledger:
             self.ledger.follow(record.id, record.generation)
         try:

@@ -17,6 +17,7 @@ from pipeline.serve import tables
 from pipeline.serve.books import OTHERS, shown, why
 from pipeline.serve.journal import Journal
 from pipeline.serve.pending import JOURNAL, SPOOL, bring_in, pending_folder
+from pipeline.serve.spending import Spent, read_spent, spent_columns
 from pipeline.serve.spool import Spool
 from pipeline.serve.writer import State, Writer
 
@@ -97,17 +98,6 @@ class DailyUse:
     cost_picodollars: int
 
 
-@dataclass(frozen=True)
-class Spent:
-    """What a key's replies have cost, in pico-dollars, by UTC."""
-
-    ever: int = 0
-    today: int = 0
-    this_week: int = 0
-    """Since Monday."""
-    this_month: int = 0
-
-
 class Ledger:
     """The generations in the books, and those that are on their way there."""
 
@@ -165,6 +155,14 @@ class Ledger:
         """By a key, to this moment."""
         return await asyncio.to_thread(self._spent, key_id, today)
 
+    async def spent_by_key(self, today: datetime.date) -> dict[int | None, Spent]:
+        """By every key that has asked for something; None is those who had none."""
+        return await asyncio.to_thread(self._spent_by_key, today)
+
+    async def cost(self, key_id: int, begin_ms: int, end_ms: int | None = None) -> int:
+        """Of a key's replies that were asked for between these moments, in pico-dollars."""
+        return await asyncio.to_thread(self._cost, key_id, begin_ms, end_ms)
+
     def close(self) -> None:
         """Write what is on its way and stop."""
         if self._is_closed:
@@ -199,24 +197,27 @@ class Ledger:
         return [DailyUse(day, **row) for day, row in zip(days, rows, strict=True)]
 
     def _spent(self, key_id: int | None, today: datetime.date) -> Spent:
-        column = tables.generations.c
-        week = today - datetime.timedelta(days=today.weekday())
-        begins = (_EPOCH, today, week, today.replace(day=1))
-        sums = [
-            cast(
-                func.coalesce(
-                    func.sum(column.cost_picodollars).filter(
-                        column.created_ms >= (begin - _EPOCH).days * _DAY_MS
-                    ),
-                    0,
-                ),
-                BigInteger,
-            )
-            for begin in begins
-        ]
-        found = select(*sums).where(column.key_id.is_not_distinct_from(key_id))
+        found = select(*spent_columns(today)).where(
+            tables.generations.c.key_id.is_not_distinct_from(key_id)
+        )
         with self._books.connect() as connection:
-            return Spent(*map(int, connection.execute(found).one()))
+            return read_spent(connection.execute(found).one())
+
+    def _cost(self, key_id: int, begin_ms: int, end_ms: int | None) -> int:
+        column = tables.generations.c
+        found = select(func.sum(column.cost_picodollars)).where(
+            column.key_id == key_id, column.created_ms >= begin_ms
+        )
+        if end_ms is not None:
+            found = found.where(column.created_ms < end_ms)
+        with self._books.connect() as connection:
+            return int(connection.scalar(found) or 0)
+
+    def _spent_by_key(self, today: datetime.date) -> dict[int | None, Spent]:
+        column = tables.generations.c.key_id
+        found = select(column, *spent_columns(today)).group_by(column)
+        with self._books.connect() as connection:
+            return {row[0]: read_spent(row[1:]) for row in connection.execute(found)}
 
 
 @contextlib.contextmanager

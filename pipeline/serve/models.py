@@ -30,13 +30,13 @@ class Models:
 
     async def all(self, exchange: Exchange) -> None:
         """GET /models."""
-        page = find_page(self._documents(), exchange.query)
+        await self.of_key(exchange, None)
+
+    async def of_key(self, exchange: Exchange, key: Key | None) -> None:
+        """GET /models/user: those that the key may ask."""
+        page = find_page(self._documents(key), exchange.query)
         following = f"{exchange.scope['path']}?{page.next}" if page.next else None
         await exchange.answer(schema.models_body(page.documents, page.num_all, following), 200, {})
-
-    async def of_key(self, exchange: Exchange, _key: Key | None) -> None:
-        """GET /models/user: every key may ask every model."""
-        await self.all(exchange)
 
     async def count(self, exchange: Exchange) -> None:
         """GET /models/count, filtered as the list is."""
@@ -88,8 +88,9 @@ class Models:
         healths = await asyncio.gather(*(endpoint.is_healthy() for endpoint in endpoints))
         return list(zip(endpoints, healths, strict=True))
 
-    def _documents(self) -> list[Mapping[str, Any]]:
-        return [schema.model_document(served) for served in self.catalog.models]
+    def _documents(self, key: Key | None = None) -> list[Mapping[str, Any]]:
+        models = [m for m in self.catalog.models if key is None or key.may_ask(m.slug)]
+        return [schema.model_document(served) for served in models]
 
     def _find(self, exchange: Exchange, model: str) -> Served:
         """What a path names and is not there is a 404, whatever is wrong with the id."""

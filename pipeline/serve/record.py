@@ -35,9 +35,8 @@ class Arrival:
     """The same moment by the monotonic clock."""
 
     @classmethod
-    def now(cls, key: Key | None, headers: Mapping[str, str]) -> "Arrival":
-        """At this moment."""
-        created_s = time.time()
+    def now(cls, key: Key | None, headers: Mapping[str, str], created_s: float) -> "Arrival":
+        """At this moment, which is that long after the epoch."""
         return cls(generation_id(int(created_s)), key, headers, created_s, time.monotonic())
 
     @property

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import ipaddress
 import logging
 import signal
 import socket
@@ -56,7 +57,8 @@ def serve(path: Path, settings: Settings, ready: Ready) -> None:
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         style = ChatStyle(menu.usage_chunk, has_reasoning_content=settings.is_provider)
-        serving = _Serving(path, settings, Keys(books), ledger, style)
+        keys = _who_may_ask(Keys(books), settings)
+        serving = _Serving(path, settings, keys, ledger, style)
         runner.run(serving.run(listener, ready))
 
 
@@ -67,13 +69,33 @@ def check(path: Path, settings: Settings) -> Menu:
     return menu
 
 
+def _who_may_ask(keys: Keys, settings: Settings) -> Keys | None:
+    """None is everybody; PipelineError where others might come before there is any key."""
+    if settings.is_open:
+        log.warning("%s is open: everybody who can reach it is answered", settings.host)
+        return None
+    if not _is_loopback(settings.host) and not keys.has_usable():
+        raise PipelineError(
+            f"other machines may reach {settings.host}, and there is no key yet: make one by "
+            "pipeline keys create --name NAME, or let everybody in by --open"
+        )
+    return keys
+
+
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
 @dataclass(frozen=True)
 class _Serving:
     """One server's life."""
 
     path: Path
     settings: Settings
-    keys: Keys
+    keys: Keys | None
+    """None lets everybody in."""
     ledger: Ledger
     style: ChatStyle
 
@@ -96,8 +118,9 @@ class _Serving:
                 stop = _Stop(server, catalog, fleet, self.settings.grace_s)
                 _on_signals(stop.begin)
                 async with obeying(port, offering.reload), _alongside(offering.watch()):
-                    url = f"http://{host}:{port}/api/v1"
-                    ready(url, first_key(self.keys), catalog.models)
+                    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/api/v1"
+                    key = first_key(self.keys) if self.keys else None
+                    ready(url, key, catalog.models)
                     await server.serve(sockets=[listener])
 
 
@@ -108,14 +131,15 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
     A port is only taken by listening; two may bind it. A connection waits until we are ready.
     """
     # asyncio switches Nagle's delay off only where the protocol is named: 40 ms of every response.
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
             listener.listen()
         except (OSError, OverflowError) as error:
             raise PipelineError(
-                f"cannot listen on {host}:{port}: {error}; choose another port"
+                f"cannot listen on {host}:{port}: {error}; choose another port or host"
             ) from error
         yield listener
 

@@ -19,6 +19,8 @@ class Settings:
     """Where to listen, and what to run; what is left as it is here is for a serve file to say."""
 
     host: str = "127.0.0.1"
+    is_open: bool = False
+    """Whether everybody is answered, without a key."""
     port: int | None = None
     """0 is any free one; None is the serve file's, or 8000."""
     engine: str = "auto"

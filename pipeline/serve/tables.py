@@ -12,6 +12,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    false,
 )
 
 # Constraints get names by rule, so that a later revision can drop them on every database.
@@ -33,6 +34,16 @@ keys = Table(
     Column("name", Text, nullable=False),
     Column("created_ms", BigInteger, nullable=False),
     Column("disabled", Boolean, nullable=False),
+    Column("limit_picodollars", BigInteger),
+    Column("limit_reset", Text),
+    Column("requests_per_minute", Integer),
+    Column("tokens_per_minute", Integer),
+    Column("streams", Integer),
+    Column("models", JSON(none_as_null=True)),
+    Column("expires_ms", BigInteger),
+    Column("is_management", Boolean, nullable=False, server_default=false()),
+    Column("updated_ms", BigInteger),
+    Column("deleted_ms", BigInteger),
 )
 
 generations = Table(
@@ -66,5 +77,5 @@ generations = Table(
     Column("user_agent", Text),
     Column("preset", Text),
     Column("cache_source", Text),
-    Index(None, "key_id", "created_ms"),
+    Index(None, "key_id", "created_ms", "cost_picodollars"),
 )

@@ -50,6 +50,69 @@ class KeyAnswer(Shape):
     data: KeyData
 
 
+class ManagedKey(Shape):
+    """A key as those are told who manage keys; what does not apply here is null or 0."""
+
+    hash: str
+    """SHA-256 of its text: what names it in a path."""
+    name: str
+    label: str
+    disabled: bool
+    limit: float | None
+    """USD."""
+    limit_remaining: float | None
+    limit_reset: str | None
+    usage: float
+    usage_daily: float
+    usage_weekly: float
+    usage_monthly: float
+    byok_usage: float
+    byok_usage_daily: float
+    byok_usage_weekly: float
+    byok_usage_monthly: float
+    include_byok_in_limit: bool
+    created_at: str
+    updated_at: str | None
+    expires_at: str | None
+    last_used_at: str | None
+    creator_user_id: None
+    external_user: None
+    workspace_id: str
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    streams: int | None
+    """Requests at the same time."""
+    models: list[str] | None
+    """The only ones that it may ask."""
+    is_management_key: bool
+
+
+class ManagedKeys(Shape):
+    """Oldest first."""
+
+    data: list[ManagedKey]
+
+
+class OneManagedKey(Shape):
+    """As it is now."""
+
+    data: ManagedKey
+
+
+class NewManagedKey(Shape):
+    """A key that was made."""
+
+    data: ManagedKey
+    key: str
+    """Its text, which nobody can ask for again."""
+
+
+class Deleted(Shape):
+    """What was used with it stays in the books."""
+
+    deleted: bool
+
+
 class CreditsData(Shape):
     """USD."""
 

@@ -1,6 +1,7 @@
 """The API as an OpenAPI document, from the routes that there are."""
 
 import importlib.metadata
+import re
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 
@@ -34,6 +35,7 @@ _REPLY_HEADERS = {
 _RETRY_AFTER = {"Retry-After": "Seconds after which to try again."}
 _STREAM = "Server-sent events: with `stream: true`, each has an object {event} as its data."
 _MODEL_IN_PATH = {"author": "What precedes the slash of a model's id.", "slug": "What follows it."}
+_HASH_IN_PATH = {"hash": "SHA-256 of a key's text."}
 _TEXT = {"type": "string"}
 
 
@@ -49,6 +51,9 @@ def openapi_document(routes: Routes) -> Schema:
     for path in routes.of_models:
         told = {"get": _operation(path, OPERATIONS[path], components)}
         paths[path.replace("{model}", "{author}/{slug}")] = told
+    for path, handlers in routes.of_keys.items():
+        names = {method.lower(): f"{method} {path}" for method in handlers}
+        paths[path] = {m: _operation(n, OPERATIONS[n], components) for m, n in names.items()}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -66,7 +71,7 @@ def openapi_document(routes: Routes) -> Schema:
 def _operation(path: str, operation: Operation, components: Components) -> Schema:
     told: Schema = {
         "tags": [operation.group],
-        "operationId": path.strip("/").replace("/", "_").replace("{model}", "model"),
+        "operationId": re.sub(r"\W+", "_", path).strip("_"),
         "summary": operation.summary,
         "security": [{name: []} for name in _KEYS] if operation.needs_key else [],
         "parameters": list(_parameters(path, operation)),
@@ -82,6 +87,8 @@ def _operation(path: str, operation: Operation, components: Components) -> Schem
 def _parameters(path: str, operation: Operation) -> Iterator[Schema]:
     if "{model}" in path:
         yield from _texts("path", _MODEL_IN_PATH, required=True)
+    if "{hash}" in path:
+        yield from _texts("path", _HASH_IN_PATH, required=True)
     if isinstance(operation.query, Mapping):
         yield from _texts("query", operation.query, required="id" in operation.query)
     elif operation.query:
@@ -108,7 +115,8 @@ def _responses(operation: Operation, components: Components) -> Schema:
     told: Schema = {}
     if operation.answer:
         content = {operation.content_type: {"schema": components.refer(operation.answer)}}
-        told["200"] = {"description": "OK", "content": content}
+        success = str(operation.status)
+        told[success] = {"description": HTTPStatus(operation.status).phrase, "content": content}
     if operation.event:
         event = components.refer(operation.event)["$ref"].rpartition("/")[2]
         stream = {"type": "string", "description": _STREAM.format(event=event)}

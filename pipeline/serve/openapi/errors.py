@@ -24,6 +24,8 @@ class ErrorMetadata(Shape):
     """For programs."""
 
     error_type: str
+    headers: dict[str, str] | None = None
+    """Those of a rate limit that was reached."""
 
 
 class ErrorObject(Shape):

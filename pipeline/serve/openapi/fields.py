@@ -62,4 +62,13 @@ FIELDS = {
     "output_config": "How much effort, and what the answer is held to.",
     "stop_sequences": "Texts that end the answer and are not part of it.",
     "fallbacks": "Other models, asked in this order where the one before cannot answer.",
+    "name": "Whose key it is, or what for.",
+    "disabled": "Whether it opens nothing.",
+    "limit": "US dollars that may be spent with it; null is no limit.",
+    "limit_reset": "When spending is counted anew: at midnight UTC, on Mondays, on the first.",
+    "requests_per_minute": "At most so many requests in any minute.",
+    "tokens_per_minute": "At most so many tokens in any minute, of prompts and replies together.",
+    "streams": "At most so many requests at the same time.",
+    "expires_at": "From when on it opens nothing.",
+    "include_byok_in_limit": "Changes nothing: nobody brings keys to others here.",
 }

@@ -6,7 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from pipeline.serve.allowance import KeyChange, NewKey
 from pipeline.serve.listing import ModelsQuery
+from pipeline.serve.managing import KeysQuery
 from pipeline.serve.openapi import account, answers, catalogue, errors
 from pipeline.serve.request import ChatRequest
 from pipeline.serve.skins.completions import CompletionsRequest
@@ -45,7 +47,7 @@ class Operation:
     answer: type[BaseModel] | None
     """None is never answered, only refused."""
     refusals: tuple[int, ...] = ()
-    """Statuses beside 200."""
+    """Statuses beside that of success."""
     query: type[BaseModel] | Mapping[str, str] | None = None
     """What may follow the question mark: a model, or texts that say what each key is."""
     ask: Ask | None = None
@@ -54,10 +56,13 @@ class Operation:
     refusal: type[BaseModel] = errors.ErrorAnswer
     needs_key: bool = False
     content_type: str = "application/json"
+    status: int = 200
+    """Of success."""
 
 
 _INFER, _MODELS, _KEY, _SERVER = "Replies", "Models", "Your key and its use", "This server"
-_REFUSED_REPLIES = (400, 401, 404, 413, 429, 500, 502, 503)
+_MANAGING = "Keys, for who holds a management key"
+_REFUSED_REPLIES = (400, 401, 402, 403, 404, 413, 429, 500, 502, 503)
 _ID = {"id": "Of a generation, as its reply had it. Required."}
 
 
@@ -92,6 +97,12 @@ def _of_key(
     return Operation(_KEY, summary, answer, (401, *refusals), query=query, needs_key=True)
 
 
+def _managed(summary: str, answer: type[BaseModel], *refusals: int, **others: Any) -> Operation:
+    return Operation(_MANAGING, summary, answer, (401, 403, *refusals), needs_key=True, **others)
+
+
+_NEW_KEY = Ask("NewKeyBody", {"": NewKey}, {"name": "a laptop", "limit": 5})
+_KEY_CHANGE = Ask("KeyChangeBody", {"": KeyChange}, {"limit_reset": "monthly"})
 _CHAT = Ask("ChatBody", {"Chat": ChatRequest}, _SAY_HELLO, needs=("messages", "prompt"))
 _COMPLETIONS = Ask(
     "CompletionsBody",
@@ -148,7 +159,7 @@ OPERATIONS = {
         "How many models there are", catalogue.ModelCount, (400,), query=ModelsQuery
     ),
     "/models/user": _told(
-        "Which models your key may ask: all of them",
+        "Which models your key may ask",
         catalogue.ModelList,
         (400, 401),
         query=ModelsQuery,
@@ -176,6 +187,13 @@ OPERATIONS = {
         400,
         date="Only of this day, as YYYY-MM-DD.",
     ),
+    "GET /keys": _managed("Every key", account.ManagedKeys, 400, query=KeysQuery),
+    "POST /keys": _managed("Make a key", account.NewManagedKey, 400, 413, ask=_NEW_KEY, status=201),
+    "GET /keys/{hash}": _managed("One key", account.OneManagedKey, 404),
+    "PATCH /keys/{hash}": _managed(
+        "Change a key", account.OneManagedKey, 400, 404, 413, ask=_KEY_CHANGE
+    ),
+    "DELETE /keys/{hash}": _managed("Delete a key", account.Deleted, 404),
     "/health": Operation(_SERVER, "Whether it runs", catalogue.Status),
     "/ready": Operation(
         _SERVER, "Whether it answers requests", catalogue.Status, (503,), refusal=catalogue.Status
@@ -193,4 +211,4 @@ OPERATIONS = {
         _SERVER, "This description, for people", catalogue.Page, content_type="text/html"
     ),
 }
-"""By path, as the routes have it."""
+"""By path, as the routes have it; of one with several methods, by method and path."""

@@ -1,6 +1,12 @@
 """The wire format: the only place that builds what clients receive."""
 
-from pipeline.serve.schema.account import activity_body, credits_body, generation_body, key_body
+from pipeline.serve.schema.account import (
+    activity_body,
+    credits_body,
+    generation_body,
+    key_body,
+    managed_key,
+)
 from pipeline.serve.schema.common import (
     INTERNAL_ERROR,
     PROVIDER,
@@ -27,6 +33,7 @@ __all__ = [
     "generation_id",
     "ignored_header",
     "key_body",
+    "managed_key",
     "model_body",
     "model_document",
     "models_body",

@@ -5,32 +5,28 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.serve.keys import Key
-from pipeline.serve.ledger import DailyUse, Generation, Spent
+from pipeline.serve.ledger import DailyUse, Generation
 from pipeline.serve.price import usd_number
 from pipeline.serve.schema.common import PROVIDER
+from pipeline.serve.spending import Spent
+
+WORKSPACE = "default"
+"""Clients want to know in which one a key is."""
 
 
 def key_body(key: Key | None, spent: Spent) -> dict[str, Any]:
     """GET /key; None is whoever asks a server that wants no key."""
-    used = {
-        "usage": usd_number(spent.ever),
-        "usage_daily": usd_number(spent.today),
-        "usage_weekly": usd_number(spent.this_week),
-        "usage_monthly": usd_number(spent.this_month),
-    }
-    used |= {f"byok_{name}": 0 for name in used}
+    is_management = key is not None and key.is_management
     data = {
         "label": key.label if key else "none",
-        "limit": None,
-        "limit_remaining": None,
-        "limit_reset": None,
-        **used,
+        **_limit(key, spent),
+        **_used(spent),
         "is_free_tier": False,
-        "is_management_key": False,
-        "is_provisioning_key": False,
+        "is_management_key": is_management,
+        "is_provisioning_key": is_management,
         "include_byok_in_limit": False,
         "creator_user_id": None,
-        "expires_at": None,
+        "expires_at": _moment(key.expires_ms) if key else None,
         "rate_limit": {
             "requests": -1,
             "interval": "10s",
@@ -47,9 +43,56 @@ def key_body(key: Key | None, spent: Spent) -> dict[str, Any]:
     return {"data": data}
 
 
-def credits_body(spent: Spent) -> dict[str, Any]:
+def managed_key(key: Key, spent: Spent) -> dict[str, Any]:
+    """A key as those are told who manage keys; the names of our own limits are ours."""
+    return {
+        "hash": key.hash,
+        "name": key.name,
+        "label": key.label,
+        "disabled": key.disabled,
+        **_limit(key, spent),
+        **_used(spent),
+        "include_byok_in_limit": False,
+        "created_at": _moment(key.created_ms),
+        "updated_at": _moment(key.updated_ms),
+        "expires_at": _moment(key.expires_ms),
+        "last_used_at": _moment(spent.last_ms),
+        "creator_user_id": None,
+        "external_user": None,
+        "workspace_id": WORKSPACE,
+        "requests_per_minute": key.requests_per_minute,
+        "tokens_per_minute": key.tokens_per_minute,
+        "streams": key.streams,
+        "models": None if key.models is None else list(key.models),
+        "is_management_key": key.is_management,
+    }
+
+
+def _limit(key: Key | None, spent: Spent) -> dict[str, Any]:
+    if key is None or key.limit_picodollars is None:
+        reset = key.limit_reset if key else None
+        return {"limit": None, "limit_remaining": None, "limit_reset": reset}
+    left = max(0, key.limit_picodollars - spent.by_period[key.limit_reset])
+    return {
+        "limit": usd_number(key.limit_picodollars),
+        "limit_remaining": usd_number(left),
+        "limit_reset": key.limit_reset,
+    }
+
+
+def _used(spent: Spent) -> dict[str, Any]:
+    used = {
+        "usage": usd_number(spent.ever),
+        "usage_daily": usd_number(spent.today),
+        "usage_weekly": usd_number(spent.this_week),
+        "usage_monthly": usd_number(spent.this_month),
+    }
+    return used | {f"byok_{name}": 0 for name in used}
+
+
+def credits_body(spent: int) -> dict[str, Any]:
     """GET /credits: none are sold; what is used is owed."""
-    return {"data": {"total_credits": 0, "total_usage": usd_number(spent.ever)}}
+    return {"data": {"total_credits": 0, "total_usage": usd_number(spent)}}
 
 
 def generation_body(generation: Generation) -> dict[str, Any]:
@@ -75,7 +118,6 @@ def _counts(generation: Generation) -> dict[str, Any]:
 
 
 def _course(generation: Generation) -> dict[str, Any]:
-    created = datetime.datetime.fromtimestamp(generation.created_ms / 1000, datetime.UTC)
     response = {
         "status": None if generation.error_type else 200,
         "provider_name": generation.provider,
@@ -86,7 +128,7 @@ def _course(generation: Generation) -> dict[str, Any]:
     }
     return {
         "id": generation.id,
-        "created_at": created.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "created_at": _moment(generation.created_ms),
         "model": generation.model,
         "provider_name": generation.provider,
         "provider_responses": [response],
@@ -149,3 +191,11 @@ def _activity_item(use: DailyUse) -> dict[str, Any]:
         "reasoning_tokens": use.reasoning_tokens,
         "cached_tokens": use.cached_tokens,
     }
+
+
+def _moment(time_ms: int | None) -> str | None:
+    """ISO 8601, in UTC."""
+    if time_ms is None:
+        return None
+    moment = datetime.datetime.fromtimestamp(time_ms / 1000, datetime.UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -38,6 +38,8 @@ def error_body(
         "message": str(error),
         "metadata": {"error_type": error.error_type},
     }
+    if error.headers:
+        body["metadata"]["headers"] = dict(error.headers)
     if error.availability:
         body |= {
             "error_type": error.error_type,
