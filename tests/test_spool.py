@@ -412,10 +412,14 @@ def journalled(books: Engine) -> int:
     return int(lines[-1]["completion_tokens"]) if lines else 0
 
 
+@pytest.mark.parametrize("is_locked", [False, True])
 def test_a_reply_that_has_its_row_is_not_booked_again_from_the_journal(
-    books: Engine, books_at: str, chat_folder: Path
+    is_locked: bool, books: Engine, books_at: str, chat_folder: Path
 ) -> None:
-    with served(books_at, chat_folder, 3) as (server, process):
+    with (
+        served(books_at, chat_folder, 3) as (server, process),
+        locked(books_at) if is_locked else nullcontext(),
+    ):
         whole = server.ask(True, messages=MESSAGES)
         process.send_signal(signal.SIGKILL)
         process.wait()
