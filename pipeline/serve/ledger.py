@@ -161,7 +161,14 @@ class Ledger:
 
     async def cost(self, key_id: int, begin_ms: int, end_ms: int | None = None) -> int:
         """Of a key's replies that were asked for between these moments, in pico-dollars."""
-        return await asyncio.to_thread(self._cost, key_id, begin_ms, end_ms)
+        waiting = [  # first, as what is brought in meanwhile is then counted twice, not never
+            int(row["cost_picodollars"])
+            for row in self._writer.spool.rows
+            if row["key_id"] == key_id
+            and row["created_ms"] >= begin_ms
+            and (end_ms is None or row["created_ms"] < end_ms)
+        ]
+        return sum(waiting) + await asyncio.to_thread(self._cost, key_id, begin_ms, end_ms)
 
     def close(self) -> None:
         """Write what is on its way and stop."""

@@ -119,7 +119,7 @@ def _responses(operation: Operation, components: Components) -> Schema:
         told[success] = {"description": HTTPStatus(operation.status).phrase, "content": content}
     if operation.event:
         event = components.refer(operation.event)["$ref"].rpartition("/")[2]
-        stream = {"type": "string", "description": _STREAM.format(event=event)}
+        stream = {"description": _STREAM.format(event=event)}
         content["text/event-stream"] = {"schema": stream}
         told["200"]["headers"] = _headers(_REPLY_HEADERS)
     for status in operation.refusals:
