@@ -12,11 +12,16 @@ from pipeline.serve.order import Order
 from pipeline.serve.phases import Phase
 from pipeline.serve.reading import Reading
 
-TEXTS = ["<think>", "\n", "hm", "</think>", "\n\n", "a", " b", "<tool_call>", "</tool_call>", "{}"]
+TEXTS = ["\n", "hm", "\n\n", "a", " b", "{}"]
+words = st.lists(st.sampled_from(TEXTS), max_size=5)
+answers = st.lists(st.sampled_from([*TEXTS, "<tool_call>", "</tool_call>"]), max_size=5)
+# A thought comes first, or not at all: what is said before one is nobody's.
+thoughts = st.builds(lambda text: ["<think>", *text, "</think>"], words)
+replies = st.builds(lambda thought, text: thought + text, thoughts | st.just([]), answers)
 
 
 @given(
-    texts=st.lists(st.sampled_from(TEXTS), max_size=12),
+    texts=replies,
     cuts=st.sets(st.integers(1, 12)),
     mode=st.sampled_from(["thinking", "direct"]),
 )

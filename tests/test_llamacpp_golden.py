@@ -75,8 +75,7 @@ async def reply(
     """All deltas as one."""
     deltas = [delta async for delta in engine.generate(prompt_ids, sampling, lane)]
     assert sum(delta.num_tokens for delta in deltas) == deltas[-1].num_completion_tokens
-    return replace(
-        deltas[-1],
+    return deltas[-1]._replace(
         text="".join(delta.text for delta in deltas),
         ids=tuple(token for delta in deltas for token in delta.ids),
         logprobs=tuple(token for delta in deltas for token in delta.logprobs),

@@ -192,7 +192,7 @@ def prompt(chat: Chat, *, tools: Sequence[dict[str, Any]] = (), **labels: str) -
         (f"{GOOD}<tool_response>", "stop", [], "control token"),
         (f"<think>\na\n</think>\n\n{CALL}\nThere.", "stop", [WEATHER], "inexact"),
         (f"<think>\na\n</think>\n\n{CALL}".replace(": ", ":"), "stop", [WEATHER], "inexact"),
-        (called("NaN"), "stop", [WEATHER], "inexact"),
+        (called("NaN"), "stop", [WEATHER], "malformed"),
         (called("[" * 150 + "]" * 150), "stop", [WEATHER], "inexact"),
         (called('"\\ud800"'), "stop", [WEATHER], "inexact"),
         (called("[null, 1e3]"), "stop", [WEATHER], "inexact"),

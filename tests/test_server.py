@@ -175,6 +175,7 @@ def test_an_engine_elsewhere_needs_no_gguf_file(chat_folder: Path, tiny_gguf: Pa
     with llamacpp_at(port, tiny_gguf):
         serve(chat_folder, settings, lambda *address: Thread(target=look, args=address).start())
 
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     written = int((chat_folder / "tokenizer.json").stat().st_mtime)
     assert [(model["id"], model["created"]) for model in models] == [("me/mine", written)]
     assert models[0]["answer"]["usage"]["completion_tokens"] == 4

@@ -279,7 +279,7 @@ def test_llamacpp_killed_in_the_middle_of_a_reply_is_there_for_the_next(
     hello = chat.prompt_ids([{"role": "user", "content": "Hello"}], None, "direct")
 
     async def start(log: Path) -> LlamaCpp:
-        return await LlamaCpp.start(tiny_gguf, slots=1, context_tokens=2048, log=log)
+        return await LlamaCpp.start(tiny_gguf, slots=1, context_tokens=16384, log=log)
 
     async def warm_up(engine: Engine) -> None:
         await warm(engine, hello)
@@ -287,7 +287,7 @@ def test_llamacpp_killed_in_the_middle_of_a_reply_is_there_for_the_next(
     async def talk() -> None:
         logs = Logs("llamacpp", tmp_path / "logs")
         supervisor = await Supervisor.start("llama.cpp", start, warm_up, logs)
-        long = Sampling(max_tokens=2000, logit_bias={chat.end_of_turn_id: -100.0})
+        long = Sampling(max_tokens=16000, logit_bias={chat.end_of_turn_id: -100.0})
         deltas = supervisor.generate(hello, long)
         await anext(deltas)
         kill_child()

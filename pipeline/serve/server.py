@@ -103,6 +103,14 @@ class _Serving:
         """Until a signal comes; while the engines start, it stops that."""
         starting = asyncio.current_task()
         assert starting is not None
+        try:
+            await self._serve(listener, ready, starting)
+        finally:
+            _leave_signals()
+
+    async def _serve(
+        self, listener: socket.socket, ready: Ready, starting: asyncio.Task[Any]
+    ) -> None:
         _on_signals(starting.cancel)
         catalog, fleet = Catalog([]), Fleet()
         app = App(catalog, self.keys, self.ledger, style=self.style)
@@ -159,6 +167,13 @@ def _on_signals(action: Callable[[], object]) -> None:
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
         loop.add_signal_handler(number, action)
+
+
+def _leave_signals() -> None:
+    """uvloop would keep them for a loop that has ended, and Ctrl-C would do nothing."""
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        loop.remove_signal_handler(number)
 
 
 def _configure(app: App) -> uvicorn.Config:
