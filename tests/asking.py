@@ -151,3 +151,21 @@ def _add_call(reply: Reply, call: Any) -> None:
         reply.calls.append((call["function"]["name"], ""))
     name, arguments = reply.calls[call["index"]]
     reply.calls[call["index"]] = (name, arguments + call["function"]["arguments"])
+
+
+class Response:
+    """What came back over a real connection."""
+
+    def __init__(self, response: http.client.HTTPResponse) -> None:
+        self.status = response.status
+        self.headers = response.headers
+        self.text = response.read().decode()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+    @property
+    def chunks(self) -> list[Any]:
+        lines = [line for line in self.text.split("\n\n") if line.startswith("data: {")]
+        return [json.loads(line.removeprefix("data: ")) for line in lines]

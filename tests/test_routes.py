@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
+import inside
 import jsonschema
 import pytest
 from books import generation
@@ -49,17 +50,8 @@ OF_KEYS = [
 ]
 
 
-@dataclass
-class Answer:
-    """What came back from the application, without a network."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
+class Answer(inside.Answer):
+    """What came back from the application."""
 
     @property
     def data(self) -> Any:
@@ -90,23 +82,9 @@ class House:
 
     async def ask(self, method: str, url: str, key: str = "", body: bytes = b"") -> Answer:
         path, _, query = url.partition("?")
-        sent: list[Any] = []
-        messages = [{"type": "http.request", "body": body}]
-
-        async def receive() -> Any:
-            if messages:
-                return messages.pop()
-            return await asyncio.Event().wait()
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
-        scope = {"type": "http", "method": method, "path": path, "headers": headers}
-        await self.app(scope | {"query_string": query.encode()}, receive, send)
-        start, *parts = sent
-        named = {name.decode(): text.decode() for name, text in start["headers"]}
-        return Answer(start["status"], named, b"".join(part["body"] for part in parts))
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        answer = await inside.ask(self.app, method, path, headers, body, query.encode())
+        return Answer(answer.status, answer.headers, answer.body)
 
 
 @pytest.fixture

@@ -4,17 +4,19 @@ import asyncio
 import http.client
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from asking import Response
 from running import running
 from scripted import ScriptedEngine
 
 from pipeline.chat import Chat
+from pipeline.engine.protocol import Delta
 from pipeline.serve.app import App
 from pipeline.serve.books import open_books
 from pipeline.serve.catalog import Catalog, Served, Upstream
@@ -28,15 +30,7 @@ ABLE = ("top_k", "seed", "grammar")
 PRICE = Price(prompt=50_000, completion=400_000, cached=20_000, request=7)
 
 
-class Answer:
-    def __init__(self, response: http.client.HTTPResponse) -> None:
-        self.status, self.headers = response.status, response.headers
-        self.text = response.read().decode()
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.text)
-
+class Answer(Response):
     @property
     def error(self) -> Any:
         return self.json["error"]
@@ -44,11 +38,6 @@ class Answer:
     @property
     def content(self) -> str:
         return str(self.json["choices"][0]["message"]["content"])
-
-    @property
-    def chunks(self) -> list[Any]:
-        lines = [line for line in self.text.split("\n\n") if line.startswith("data: {")]
-        return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
 def ask(base: str, headers: dict[str, str] | None = None, **fields: Any) -> Answer:
@@ -606,3 +595,28 @@ def test_a_failure_after_a_long_wait_is_told_in_the_body_for_its_status_is_out(
         ("local/dead", "provider_unavailable"),
         ("local/well", None),
     ]
+
+
+class Buggy(ScriptedEngine):
+    async def generate(self, *_: Any) -> AsyncGenerator[Delta, None]:
+        raise RuntimeError("a fault of ours")
+        yield Delta()
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "responses", "messages"])
+def test_of_a_fault_of_ours_nobody_is_told_how_the_request_got_there(chat: Chat, path: str) -> None:
+    fields = {"prompt": "a"} if path == "completions" else {"messages": [USER]}
+    fields = {"input": "a"} if path == "responses" else fields
+    absent = dict.fromkeys({"messages", "reasoning", "model"} - set(fields))
+    with house(
+        chat, named(chat, "buggy", Buggy()), named(chat, "dead", ScriptedEngine(fails_at=0))
+    ) as base:
+        wanted = {"X-OpenRouter-Metadata": "enabled"}
+        ours, other = (
+            ask(base, wanted, path=f"/v1/{path}", **absent | fields | {"model": model})
+            for model in ("buggy", "dead")
+        )
+    assert (ours.status, other.status) == (500, 502)
+    assert "fault" not in ours.text
+    assert "openrouter_metadata" not in ours.json
+    assert "openrouter_metadata" in other.json

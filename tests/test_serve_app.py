@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
+from asking import Response
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import ScriptedEngine
@@ -24,24 +25,6 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 THOUGHT = ["<think>", "\nhm\n", "</think>", "\n\n", "ye", "s"]
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 CHAT = "/api/v1/chat/completions"
-
-
-class Response:
-    """What came back over a real connection."""
-
-    def __init__(self, response: http.client.HTTPResponse) -> None:
-        self.status = response.status
-        self.headers = response.headers
-        self.text = response.read().decode()
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.text)
-
-    @property
-    def chunks(self) -> list[Any]:
-        lines = [line for line in self.text.split("\n\n") if line.startswith("data: {")]
-        return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
 def connect(base: str) -> http.client.HTTPConnection:

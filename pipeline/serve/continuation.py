@@ -4,9 +4,10 @@ import contextlib
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 
-from pipeline.engine.protocol import Delta, Engine, TokenLogprob
+from pipeline.engine.protocol import Delta, Engine
 from pipeline.errors import EngineError
 from pipeline.serve.events import Ended, Event, Said, Tally, Usage
+from pipeline.serve.meters import TextLogprobs
 from pipeline.serve.order import Order
 from pipeline.serve.stops import StopStrings
 
@@ -17,7 +18,7 @@ async def continue_text(order: Order, engine: Engine, tally: Tally) -> AsyncGene
     `tally` is kept up to date before each event.
     """
     tally.usage = Usage(prompt_tokens=len(order.prompt_ids))
-    stops, tokens = StopStrings(order.stops), _Tokens()
+    stops, tokens = StopStrings(order.stops), TextLogprobs()
     deltas = engine.generate(order.prompt_ids, order.sampling, order.lane)
     async with contextlib.aclosing(deltas):
         async for delta in deltas:
@@ -42,22 +43,3 @@ def _count(delta: Delta, tally: Tally) -> None:
         completion_tokens=usage.completion_tokens + delta.num_tokens,
         cached_tokens=max(usage.cached_tokens, delta.num_cached_tokens),
     )
-
-
-class _Tokens:
-    """Hands out tokens with the text they begin in: a stop may hold some back, or cut them off."""
-
-    def __init__(self) -> None:
-        self._waiting: list[tuple[int, TokenLogprob]] = []
-        self._num_read = 0
-        self._num_told = 0
-
-    def add(self, delta: Delta) -> None:
-        self._waiting += [(self._num_read, token) for token in delta.logprobs]
-        self._num_read += len(delta.text)
-
-    def of(self, text: str) -> tuple[TokenLogprob, ...]:
-        self._num_told += len(text)
-        told = tuple(token for place, token in self._waiting if place < self._num_told)
-        self._waiting = self._waiting[len(told) :]
-        return told

@@ -1,11 +1,10 @@
 """A request for a reply in any dialect: read, routed, tried where it may be, answered, booked."""
 
 import contextlib
-import dataclasses
 import functools
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.engine.protocol import Lane
@@ -102,7 +101,7 @@ class Inference:
         exchange.asked_models = asked_models(asked)
         request = with_preset(asked, self.catalog.presets)
         route = find_route(request, self.catalog, self.endpoints_of)
-        route = dataclasses.replace(route, requested=(*exchange.asked_models, route.requested)[0])
+        route = replace(route, requested=(*exchange.asked_models, route.requested)[0])
         route = permitted(route, arrival.key)
         path = exchange.scope["path"]
         repeating = find_wish(self.cache, arrival, path, body, route, request)
@@ -142,7 +141,9 @@ class Inference:
                 asking.attempts[-1] = Attempt(endpoint, failure.status)
                 if not is_passing(failure):
                     left = [other for other in left if other.served is not endpoint.served]
-                asking.exchange.metadata = asking.metadata(None)
+                # What went wrong inside is nobody's business, nor is how the request got there.
+                is_ours = failure.status == schema.INTERNAL_STATUS
+                asking.exchange.metadata = None if is_ours else asking.metadata(None)
                 if not left:
                     raise failure from error
                 log.warning("%s: %s; trying another", endpoint.served.slug, failure)
@@ -242,8 +243,7 @@ async def _tell_late(asking: Asking, failure: RequestError) -> None:
         return
     writer = skin.writer(asking.heading(asking.route.endpoints[-1]))
     bill = Bill(Usage(), metadata=exchange.metadata)
-    await exchange.write(writer.begin(None) + writer.fail(failure, bill))
-    await exchange.write(b"", more=False)
+    await exchange.write(writer.begin(None) + writer.fail(failure, bill), more=False)
 
 
 def _lane(asking: Asking) -> Lane:

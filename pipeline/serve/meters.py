@@ -26,16 +26,35 @@ class ReasoningMeter:
             self._unsettled = 0
 
 
-class AnswerLogprobs:
+class TextLogprobs:
     """Hands out tokens with the text they begin in: text may be held back, and stops cut it off."""
 
-    def __init__(self, *, is_begun: bool) -> None:
+    def __init__(self) -> None:
         self._waiting: list[tuple[int, TokenLogprob]] = []
-        self._at_start = not is_begun
-        """Where the Splitter takes line breaks off."""
         self._num_read = 0
-        """Characters of the answer, without those line breaks and tags."""
         self._num_told = 0
+
+    def add(self, delta: Delta) -> None:
+        """The next bit of the text, and its tokens if they are asked for."""
+        self._waiting += [(self._num_read, token) for token in delta.logprobs]
+        self._num_read += len(delta.text)
+
+    def of(self, text: str) -> tuple[TokenLogprob, ...]:
+        """The tokens that begin in the next text that is told."""
+        self._num_told += len(text)
+        if not self._waiting:
+            return ()
+        told = tuple(token for place, token in self._waiting if place < self._num_told)
+        self._waiting = self._waiting[len(told) :]
+        return told
+
+
+class AnswerLogprobs(TextLogprobs):
+    """The same of an answer: its tags, and line breaks where the Splitter takes them off, go."""
+
+    def __init__(self, *, is_begun: bool) -> None:
+        super().__init__()
+        self._at_start = not is_begun
 
     def add(self, delta: Delta) -> None:
         """A delta of an answer whose tokens are asked for; others have none."""
@@ -46,15 +65,5 @@ class AnswerLogprobs:
             return
         text = delta.text.lstrip("\n") if self._at_start else delta.text
         if text or not delta.text:
-            self._waiting += [(self._num_read, token) for token in delta.logprobs]
-        self._num_read += len(text)
+            super().add(delta._replace(text=text))
         self._at_start = self._at_start and not text
-
-    def of(self, text: str) -> tuple[TokenLogprob, ...]:
-        """The tokens that begin in the next text of the answer."""
-        self._num_told += len(text)
-        if not self._waiting:
-            return ()
-        told = tuple(token for place, token in self._waiting if place < self._num_told)
-        self._waiting = self._waiting[len(told) :]
-        return told

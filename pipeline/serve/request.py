@@ -238,11 +238,6 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return values
 
 
-def parse_request(body: bytes) -> ChatRequest:
-    """Read a body; RequestError names the first field that is wrong."""
-    return check_request(parse_object(body))
-
-
 def check_request(values: Mapping[str, Any]) -> ChatRequest:
     """What a body says; RequestError names the first field that is wrong."""
     try:

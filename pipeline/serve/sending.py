@@ -86,8 +86,7 @@ async def send_stream(
     except Exception as error:  # noqa: BLE001 - the stream must say it
         record.error = as_request_error(error)
         end = writer.fail(record.error, reply.bill())
-    await exchange.write(end)
-    await exchange.write(b"", more=False)
+    await exchange.write(end, more=False)
 
 
 def _healed(told: list[Indexed]) -> list[Indexed]:

@@ -13,14 +13,9 @@ class RateLimit(Shape):
     note: str
 
 
-class KeyData(Shape):
-    """A key; what does not apply here is null or 0."""
+class Use(Shape):
+    """What a key has used, in USD: in all, and since a UTC day, week and month began."""
 
-    label: str
-    """Enough of its text to tell it from others."""
-    limit: float | None
-    limit_remaining: float | None
-    limit_reset: str | None
     usage: float
     usage_daily: float
     usage_weekly: float
@@ -29,6 +24,16 @@ class KeyData(Shape):
     byok_usage_daily: float
     byok_usage_weekly: float
     byok_usage_monthly: float
+
+
+class KeyData(Use):
+    """A key; what does not apply here is null or 0."""
+
+    label: str
+    """Enough of its text to tell it from others."""
+    limit: float | None
+    limit_remaining: float | None
+    limit_reset: str | None
     is_free_tier: bool
     is_management_key: bool
     is_provisioning_key: bool
@@ -50,7 +55,7 @@ class KeyAnswer(Shape):
     data: KeyData
 
 
-class ManagedKey(Shape):
+class ManagedKey(Use):
     """A key as those are told who manage keys; what does not apply here is null or 0."""
 
     hash: str
@@ -62,14 +67,6 @@ class ManagedKey(Shape):
     """USD."""
     limit_remaining: float | None
     limit_reset: str | None
-    usage: float
-    usage_daily: float
-    usage_weekly: float
-    usage_monthly: float
-    byok_usage: float
-    byok_usage_daily: float
-    byok_usage_weekly: float
-    byok_usage_monthly: float
     include_byok_in_limit: bool
     created_at: str
     updated_at: str | None

@@ -9,6 +9,7 @@ from pipeline.serve.schema.account import (
 )
 from pipeline.serve.schema.common import (
     INTERNAL_ERROR,
+    INTERNAL_STATUS,
     PROVIDER,
     error_body,
     generation_id,
@@ -21,6 +22,7 @@ from pipeline.serve.schema.supported import PARAMETERS, supported_parameters
 
 __all__ = [
     "INTERNAL_ERROR",
+    "INTERNAL_STATUS",
     "KEEP_ALIVE",
     "PARAMETERS",
     "PROVIDER",

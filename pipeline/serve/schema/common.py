@@ -52,9 +52,12 @@ def error_body(
                 **_others(error.availability, error.retry_after_s),
             },
         }
-    # What went wrong inside is nobody's business, nor is how the request got there.
-    shown = metadata if error.status != INTERNAL_STATUS else None
-    return {"error": body} | ({"openrouter_metadata": shown} if shown else {})
+    return {"error": body} | beside(metadata)
+
+
+def beside(metadata: dict[str, Any] | None) -> dict[str, Any]:
+    """How a request came to its answer, beside that answer; nothing if it is not wanted."""
+    return {"openrouter_metadata": metadata} if metadata else {}
 
 
 def _others(availability: Availability, retry_after_s: int | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pipeline.engine.protocol import TokenLogprob
 from pipeline.errors import RequestError
 from pipeline.serve.events import Ended, Event, Said
 from pipeline.serve.schema.common import error_body
-from pipeline.serve.schema.reply import DONE, KEEP_ALIVE, frame, usage_object
+from pipeline.serve.schema.reply import DONE, KEEP_ALIVE, ending, frame
 from pipeline.serve.skin import Bill, Body, Heading
 
 
@@ -33,7 +33,7 @@ class TextWriter:
 
     def finish(self, bill: Bill) -> bytes:
         """The usage, in a chunk without choices."""
-        return frame(self._object([]) | _ending(bill)) + DONE
+        return frame(self._object([]) | ending(bill)) + DONE
 
     def fail(self, error: RequestError, bill: Bill) -> bytes:  # noqa: ARG002 - it is not told
         """The one event that ends a stream which has broken."""
@@ -50,7 +50,7 @@ class TextWriter:
         choices = [choice.whole(has_logprobs) for choice in self._choices]
         if error is not None:
             choices = [choice | error_body(error) for choice in choices]
-        return self._object(choices) | _ending(bill)
+        return self._object(choices) | ending(bill)
 
     def _object(self, choices: list[Body], **others: Any) -> Body:
         return {
@@ -144,8 +144,3 @@ def _choice(
         "finish_reason": finish,
         "native_finish_reason": native_finish,
     }
-
-
-def _ending(bill: Bill) -> Body:
-    metadata = {"openrouter_metadata": bill.metadata} if bill.metadata else {}
-    return {"usage": usage_object(bill), **metadata}

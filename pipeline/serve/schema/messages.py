@@ -9,7 +9,7 @@ import orjson
 from pipeline.errors import RequestError
 from pipeline.serve.events import Called, Ended, Event, Said, Usage
 from pipeline.serve.price import Cost, usd_number
-from pipeline.serve.schema.common import error_body, random_letters
+from pipeline.serve.schema.common import beside, error_body, random_letters
 from pipeline.serve.skin import Bill, Body, Heading
 
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
@@ -82,7 +82,7 @@ class MessageWriter:
         }
         usage = message_usage(bill.usage, bill.cost)
         end = _frame("message_delta", delta=delta, usage=usage)
-        return self._close() + end + _frame("message_stop", **_metadata(bill.metadata))
+        return self._close() + end + _frame("message_stop", **beside(bill.metadata))
 
     def fail(self, error: RequestError, bill: Bill) -> bytes:
         """Nothing follows it; the block it broke stays open."""
@@ -106,7 +106,7 @@ class MessageWriter:
         body = self._message(self._blocks, message_usage(bill.usage, bill.cost))
         if error is not None:
             body["error"] = _error_object(error, ())
-        return body | _metadata(bill.metadata)
+        return body | beside(bill.metadata)
 
     def _end(self, event: Ended) -> None:
         is_stop = event.stop is not None and event.finish == "stop"
@@ -177,7 +177,7 @@ def message_error_body(
 ) -> Body:
     """A failure before anything was sent."""
     error_object = _error_object(error, asked_models)
-    return {"type": "error", "error": error_object, "request_id": None, **_metadata(metadata)}
+    return {"type": "error", "error": error_object, "request_id": None, **beside(metadata)}
 
 
 def _error_object(error: RequestError, asked_models: Sequence[str]) -> Body:
@@ -190,10 +190,6 @@ def _error_object(error: RequestError, asked_models: Sequence[str]) -> Body:
     }
     availability = error_body(error, asked_models)["error"].get("availability")
     return body if availability is None else body | {"availability": availability}
-
-
-def _metadata(metadata: Body | None) -> Body:
-    return {} if metadata is None else {"openrouter_metadata": metadata}
 
 
 def _kind(event: Said) -> str:

@@ -11,7 +11,7 @@ from pipeline.engine.protocol import TokenLogprob
 from pipeline.errors import RequestError
 from pipeline.serve.events import Called, Ended, Event, Said
 from pipeline.serve.price import usd_number
-from pipeline.serve.schema.common import call_id, error_body
+from pipeline.serve.schema.common import beside, call_id, error_body
 from pipeline.serve.skin import Bill, Heading, UsageChunk
 
 KEEP_ALIVE = b": OPENROUTER PROCESSING\n\n"
@@ -110,7 +110,7 @@ class ChatWriter:
     def finish(self, bill: Bill) -> bytes:
         """The usage, in a chunk of its own."""
         choices = self._last_end if self._style.usage_chunk == "repeat" else []
-        return frame({**self._chunk(choices), **_ending(bill)}) + DONE
+        return frame({**self._chunk(choices), **ending(bill)}) + DONE
 
     def fail(self, error: RequestError, bill: Bill) -> bytes:  # noqa: ARG002 - others bill here
         """The one event that ends a stream which has broken."""
@@ -137,7 +137,7 @@ class ChatWriter:
             "system_fingerprint": None,
             "service_tier": None,
             "choices": choices,
-            **_ending(bill),
+            **ending(bill),
         }
 
     def _said(self, event: Said) -> dict[str, Any]:
@@ -169,9 +169,9 @@ def frame(value: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
 
 
-def _ending(bill: Bill) -> dict[str, Any]:
-    metadata = {"openrouter_metadata": bill.metadata} if bill.metadata else {}
-    return {"usage": usage_object(bill), **metadata}
+def ending(bill: Bill) -> dict[str, Any]:
+    """What the last object of a reply says beside its choices."""
+    return {"usage": usage_object(bill), **beside(bill.metadata)}
 
 
 def _choice(

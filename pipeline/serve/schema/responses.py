@@ -9,7 +9,7 @@ import orjson
 from pipeline.errors import RequestError
 from pipeline.serve.events import Ended, Event
 from pipeline.serve.price import usd_number
-from pipeline.serve.schema.common import error_body
+from pipeline.serve.schema.common import beside, error_body
 from pipeline.serve.schema.reply import DONE
 from pipeline.serve.schema.response_items import Items
 from pipeline.serve.skin import Bill, Body, Heading
@@ -93,7 +93,7 @@ class ResponseWriter:
             response["error_type"] = error.error_type
         else:
             response["incomplete_details"] = {"reason": "max_output_tokens"}
-        return response | _metadata(bill.metadata)
+        return response | beside(bill.metadata)
 
     def _status(self, error: RequestError | None) -> str:
         if error is not None and error.error_type not in _TOO_LONG:
@@ -144,12 +144,7 @@ def response_error_body(
     error: RequestError, asked_models: Sequence[str], metadata: Body | None = None
 ) -> Body:
     """A failure before anything was sent: its type stands outside, too."""
-    body = {**error_body(error, asked_models), "error_type": error.error_type}
-    return body | _metadata(metadata)
-
-
-def _metadata(metadata: Body | None) -> Body:
-    return {} if metadata is None else {"openrouter_metadata": metadata}
+    return {**error_body(error, asked_models, metadata), "error_type": error.error_type}
 
 
 def _echo(values: Any) -> Body:

@@ -56,5 +56,4 @@ class Completions:
         self, error: RequestError, asked_models: Sequence[str], metadata: Body | None = None
     ) -> Body:
         """A failure before anything was sent."""
-        body = error_body(error, asked_models)
-        return body if metadata is None else {**body, "openrouter_metadata": metadata}
+        return error_body(error, asked_models, metadata)
