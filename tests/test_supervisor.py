@@ -287,7 +287,8 @@ def test_llamacpp_killed_in_the_middle_of_a_reply_is_there_for_the_next(
     async def talk() -> None:
         logs = Logs("llamacpp", tmp_path / "logs")
         supervisor = await Supervisor.start("llama.cpp", start, warm_up, logs)
-        long = Sampling(max_tokens=16000, logit_bias={chat.end_of_turn_id: -100.0})
+        ends = {chat.end_of_turn_id: -100.0, chat.token_id("<|endoftext|>"): -100.0}
+        long = Sampling(max_tokens=16000, logit_bias=ends)
         deltas = supervisor.generate(hello, long)
         await anext(deltas)
         kill_child()
