@@ -4,7 +4,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from pipeline.serve.ledger import Generation
+from pipeline.serve.books.ledger import Generation
 
 
 def hold(connection: Connection) -> None:

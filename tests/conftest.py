@@ -25,11 +25,11 @@ from sqlalchemy import Engine
 from pipeline import cli
 from pipeline.base.dialogue import write_byte_tokenizer
 from pipeline.chat import Chat
-from pipeline.serve.app import App
-from pipeline.serve.books import open_books
-from pipeline.serve.catalog import Catalog, Served
-from pipeline.serve.keys import Keys
-from pipeline.serve.ledger import Ledger
+from pipeline.serve.api.app import App
+from pipeline.serve.books.database import open_books
+from pipeline.serve.books.keys import Keys
+from pipeline.serve.books.ledger import Ledger
+from pipeline.serve.offer.catalog import Catalog, Served
 
 settings.register_profile("no deadline", deadline=None)  # machines are shared: no timing decides
 settings.load_profile("no deadline")

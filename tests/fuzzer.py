@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from bodies import ANSWERED
 
-from pipeline.serve.listing import ModelsQuery
+from pipeline.serve.api.listing import ModelsQuery
 from pipeline.serve.openapi.operations import OPERATIONS
 
 BODIES = [(path, body) for path, bodies in ANSWERED.items() for body in bodies]

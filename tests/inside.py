@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.serve.app import App
+from pipeline.serve.api.app import App
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from pipeline.serve.app import App
+from pipeline.serve.api.app import App
 
 
 @contextmanager

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from pipeline.chat import TAGS, Chat, Mode
 from pipeline.engine.protocol import Delta, Sampling
-from pipeline.serve.events import Said, Tally, Usage
-from pipeline.serve.order import Order
-from pipeline.serve.phases import Phase
-from pipeline.serve.reading import Reading
+from pipeline.serve.asking.order import Order
+from pipeline.serve.replying.events import Said, Tally, Usage
+from pipeline.serve.replying.phases import Phase
+from pipeline.serve.replying.reading import Reading
 
 TEXTS = ["\n", "hm", "\n\n", "a", " b", "{}"]
 words = st.lists(st.sampled_from(TEXTS), max_size=5)

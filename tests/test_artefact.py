@@ -10,8 +10,8 @@ import pytest
 from pipeline.engine.choose import Kind
 from pipeline.errors import BaseError, GateMissed, PipelineError
 from pipeline.run import Run
-from pipeline.serve.artefact import find_artefact, load, name_adapters
-from pipeline.serve.choice import Chosen
+from pipeline.serve.offer.artefact import find_artefact, load, name_adapters
+from pipeline.serve.offer.choice import Chosen
 
 
 @pytest.fixture

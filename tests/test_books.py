@@ -13,9 +13,9 @@ from postgres import Postgres
 from sqlalchemy import inspect
 
 from pipeline.errors import BooksError
-from pipeline.serve import migrations
-from pipeline.serve.books import default_books, open_books
-from pipeline.serve.tables import metadata
+from pipeline.serve.books import migrations
+from pipeline.serve.books.database import default_books, open_books
+from pipeline.serve.books.tables import metadata
 
 
 def test_migrations_make_exactly_the_tables_that_the_program_uses(books_at: str):
@@ -39,7 +39,7 @@ def test_the_head_that_is_known_without_alembic_is_the_newest_revision():
 def test_books_that_are_up_to_date_are_opened_without_alembic(tmp_path: Path):
     program = """
 import sys
-from pipeline.serve.books import open_books
+from pipeline.serve.books.database import open_books
 with open_books(sys.argv[1]):
     sys.stdout.write(str("alembic" in sys.modules))
 """
@@ -141,7 +141,7 @@ def test_without_a_name_the_books_lie_in_the_users_state_folder(
 def test_servers_that_start_at_once_over_an_empty_database_all_find_its_tables(postgres: Postgres):
     program = """
 import sys
-from pipeline.serve.books import open_books
+from pipeline.serve.books.database import open_books
 with open_books(sys.argv[1]):
     pass
 """

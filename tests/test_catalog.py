@@ -7,7 +7,7 @@ from scripted import ScriptedEngine
 
 from pipeline.chat import Chat
 from pipeline.errors import EngineDown, RequestError
-from pipeline.serve.catalog import Catalog, Served
+from pipeline.serve.offer.catalog import Catalog, Served
 
 
 def test_a_model_is_found_by_slug_by_name_or_by_default(chat: Chat) -> None:

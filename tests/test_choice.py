@@ -10,8 +10,8 @@ import pytest
 from pipeline.errors import GateMissed, PipelineError, RunError
 from pipeline.recipe import GgufFormat
 from pipeline.run import Run
-from pipeline.serve.artefact import find_artefact
-from pipeline.serve.choice import Choice, Chosen, choose, refuse_uncertified
+from pipeline.serve.offer.artefact import find_artefact
+from pipeline.serve.offer.choice import Choice, Chosen, choose, refuse_uncertified
 
 LORA, BASE = "adapter/a-lora.gguf", "adapter/base-bf16.gguf"
 

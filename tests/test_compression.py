@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pipeline.serve.compression import CUT, MIN_CHARACTERS, compress
+from pipeline.serve.asking.compression import CUT, MIN_CHARACTERS, compress
 
 Messages = list[dict[str, Any]]
 

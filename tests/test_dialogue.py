@@ -14,12 +14,12 @@ from scripted import ScriptedEngine
 from pipeline.chat import Chat
 from pipeline.engine.protocol import Capability
 from pipeline.errors import RequestError
-from pipeline.serve.catalog import Served
-from pipeline.serve.dialogue import answer
-from pipeline.serve.events import Called, Ended, Event, Said, Tally
-from pipeline.serve.order import Order, decide
-from pipeline.serve.request import ChatRequest
-from pipeline.serve.stops import StopStrings
+from pipeline.serve.asking.order import Order, decide
+from pipeline.serve.asking.request import ChatRequest
+from pipeline.serve.offer.catalog import Served
+from pipeline.serve.replying.dialogue import answer
+from pipeline.serve.replying.events import Called, Ended, Event, Said, Tally
+from pipeline.serve.replying.stops import StopStrings
 
 USER = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}

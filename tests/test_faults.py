@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RequestError
-from pipeline.serve.request import check_request
+from pipeline.serve.asking.request import check_request
 from pipeline.serve.skins.messages import Messages
 from pipeline.serve.skins.responses import Responses
 

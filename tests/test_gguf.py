@@ -16,7 +16,7 @@ from pipeline.chat import Chat
 from pipeline.engine.llamacpp import LlamaCpp
 from pipeline.engine.protocol import Lane, Sampling
 from pipeline.errors import PipelineError
-from pipeline.serve.gguf import gguf_adapter_of, gguf_of
+from pipeline.serve.offer.gguf import gguf_adapter_of, gguf_of
 
 
 @pytest.fixture(autouse=True)

@@ -11,14 +11,14 @@ from scripted import ScriptedEngine
 from pipeline.chat import Chat, ToolCall
 from pipeline.errors import RequestError
 from pipeline.serve import schema
-from pipeline.serve.catalog import Served
-from pipeline.serve.endpoint import Own
-from pipeline.serve.events import Called, Ended, Event, Said, Usage
-from pipeline.serve.ledger import Spent
-from pipeline.serve.price import Price
+from pipeline.serve.books.ledger import Spent
+from pipeline.serve.offer.catalog import Served
+from pipeline.serve.offer.price import Price
+from pipeline.serve.replying.events import Called, Ended, Event, Said, Usage
+from pipeline.serve.routing.endpoint import Own
 from pipeline.serve.schema.endpoints import endpoints_body
 from pipeline.serve.schema.reply import ChatStyle, ChatWriter
-from pipeline.serve.skin import Bill, Heading
+from pipeline.serve.skins.skin import Bill, Heading
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_payloads.json").read_text())
 PRICE = Price(prompt=50_000, completion=400_000)

@@ -14,7 +14,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from pipeline.chat import CALL, END_CALL, parse_call
 from pipeline.errors import RequestError
-from pipeline.serve.grammar import (
+from pipeline.serve.asking.grammar import (
     Function,
     Grammar,
     Tags,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.serve.healing import heal
+from pipeline.serve.replying.healing import heal
 
 VALUES = st.recursive(
     st.none()

@@ -19,15 +19,15 @@ from sqlalchemy import Engine, update
 from sqlalchemy.exc import DBAPIError
 
 from pipeline.errors import BooksError, RequestError
-from pipeline.serve import tables
-from pipeline.serve.books import open_books
-from pipeline.serve.keys import Key, Keys, first_key, hash_key
-from pipeline.serve.ledger import Ledger
+from pipeline.serve.books import tables
+from pipeline.serve.books.database import open_books
+from pipeline.serve.books.keys import Key, Keys, first_key, hash_key
+from pipeline.serve.books.ledger import Ledger
 
 FIRST = """
 import sys
-from pipeline.serve.books import open_books
-from pipeline.serve.keys import Keys, first_key
+from pipeline.serve.books.database import open_books
+from pipeline.serve.books.keys import Keys, first_key
 with open_books(sys.argv[1]) as books:
     sys.stdout.write(first_key(Keys(books)) or "")
 """

@@ -14,17 +14,17 @@ from books import generation, hold
 from sqlalchemy import Connection, Engine, func, select
 
 from pipeline.errors import BooksError
-from pipeline.serve import tables
-from pipeline.serve.books import open_books
-from pipeline.serve.keys import Keys
-from pipeline.serve.ledger import Generation, Ledger
-from pipeline.serve.spending import Spent
+from pipeline.serve.books import tables
+from pipeline.serve.books.database import open_books
+from pipeline.serve.books.keys import Keys
+from pipeline.serve.books.ledger import Generation, Ledger
+from pipeline.serve.books.spending import Spent
 
 RECORD_AND_HANG = """
 import asyncio, sys, time
 from books import generation
-from pipeline.serve.books import open_books
-from pipeline.serve.ledger import Ledger
+from pipeline.serve.books.database import open_books
+from pipeline.serve.books.ledger import Ledger
 
 with open_books(sys.argv[1]) as books:
     asyncio.run(Ledger(books).record(generation(7)))

@@ -19,14 +19,14 @@ from scripted import ScriptedEngine
 from sqlalchemy import Engine
 
 from pipeline.chat import Chat
-from pipeline.serve.app import App
-from pipeline.serve.books import open_books
-from pipeline.serve.catalog import Catalog, Served
-from pipeline.serve.endpoint import Answering, Own
-from pipeline.serve.keys import Keys
-from pipeline.serve.ledger import Ledger
-from pipeline.serve.price import Price
-from pipeline.serve.window import WINDOW_S
+from pipeline.serve.api.app import App
+from pipeline.serve.api.window import WINDOW_S
+from pipeline.serve.books.database import open_books
+from pipeline.serve.books.keys import Keys
+from pipeline.serve.books.ledger import Ledger
+from pipeline.serve.offer.catalog import Catalog, Served
+from pipeline.serve.offer.price import Price
+from pipeline.serve.routing.endpoint import Answering, Own
 
 NOON = datetime.datetime(2026, 3, 31, 12, tzinfo=datetime.UTC).timestamp()  # a Tuesday
 DAY_S = 24 * 60 * 60

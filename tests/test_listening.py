@@ -15,8 +15,8 @@ import pytest
 from elsewhere import free_port, llamacpp_at
 
 from pipeline.errors import PipelineError
-from pipeline.serve.books import open_books
-from pipeline.serve.keys import Keys
+from pipeline.serve.books.database import open_books
+from pipeline.serve.books.keys import Keys
 from pipeline.serve.server import serve
 from pipeline.serve.settings import Settings
 

@@ -19,7 +19,7 @@ from pipeline.chat import Chat
 from pipeline.engine.llamacpp import LlamaCpp
 from pipeline.engine.protocol import Delta, Sampling, StopToken
 from pipeline.errors import EngineError
-from pipeline.serve.grammar import Function, Tags, either, json_object, tool_calls
+from pipeline.serve.asking.grammar import Function, Tags, either, json_object, tool_calls
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
@@ -254,7 +254,7 @@ async def _is_cancelled_by_closing(engine: LlamaCpp) -> None:
         await asyncio.sleep(0.01)
 
 
-# Of every kind of schema, one; each is taken as a tool's by pipeline.serve.grammar.
+# Of every kind of schema, one; each is taken as a tool's by pipeline.serve.asking.grammar.
 SCHEMAS: list[dict[str, Any]] = [
     {"type": "string", "format": "date-time"},
     {"type": "string", "format": "uri"},

@@ -18,7 +18,14 @@ from pipeline.engine.protocol import PLAIN, Delta, Lane, Sampling, StopToken
 from pipeline.errors import EngineError
 from pipeline.export import Unmerged, export_gguf
 from pipeline.export.adapter import write_adapter
-from pipeline.serve.grammar import Function, Tags, either, json_object, json_schema, tool_calls
+from pipeline.serve.asking.grammar import (
+    Function,
+    Tags,
+    either,
+    json_object,
+    json_schema,
+    tool_calls,
+)
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 GREEDY = Sampling(max_tokens=80, temperature=0.0)

@@ -16,11 +16,11 @@ from scripted import ScriptedEngine
 from sqlalchemy import Engine
 
 from pipeline.chat import Chat
-from pipeline.serve.app import App
-from pipeline.serve.books import open_books
-from pipeline.serve.catalog import Catalog, Served
-from pipeline.serve.keys import Keys, hash_key
-from pipeline.serve.ledger import Ledger
+from pipeline.serve.api.app import App
+from pipeline.serve.books.database import open_books
+from pipeline.serve.books.keys import Keys, hash_key
+from pipeline.serve.books.ledger import Ledger
+from pipeline.serve.offer.catalog import Catalog, Served
 
 # Of the official Python client's own models.
 SCHEMAS = json.loads((Path(__file__).parent / "openrouter_key_schemas.json").read_text("utf-8"))

@@ -9,11 +9,11 @@ from scripted import ScriptedEngine
 
 from pipeline.chat import Chat
 from pipeline.errors import PipelineError, RecipeError
-from pipeline.serve.catalog import Catalog
-from pipeline.serve.door import Door
-from pipeline.serve.engines import LLAMACPP_SLOTS, Room
-from pipeline.serve.entries import QUEUE_OF_A_SLOT, read_entries
-from pipeline.serve.menu import Menu, is_menu, read_menu
+from pipeline.serve.offer.catalog import Catalog
+from pipeline.serve.offer.door import Door
+from pipeline.serve.offer.engines import LLAMACPP_SLOTS, Room
+from pipeline.serve.offer.entries import QUEUE_OF_A_SLOT, read_entries
+from pipeline.serve.offer.menu import Menu, is_menu, read_menu
 from pipeline.serve.settings import Settings, read_target
 
 FOLDER = Path(__file__).parents[1] / "recipes"

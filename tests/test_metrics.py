@@ -22,13 +22,13 @@ from pipeline.engine.logs import Logs
 from pipeline.engine.protocol import Engine as Completing
 from pipeline.engine.protocol import Sampling
 from pipeline.engine.supervisor import OwnEngine, Supervisor
-from pipeline.serve.app import App
-from pipeline.serve.books import open_books
-from pipeline.serve.catalog import Catalog, Served
-from pipeline.serve.door import Door
-from pipeline.serve.keys import Keys
-from pipeline.serve.ledger import Ledger
-from pipeline.serve.metrics import Metrics
+from pipeline.serve.api.app import App
+from pipeline.serve.books.database import open_books
+from pipeline.serve.books.keys import Keys
+from pipeline.serve.books.ledger import Ledger
+from pipeline.serve.monitoring.metrics import Metrics
+from pipeline.serve.offer.catalog import Catalog, Served
+from pipeline.serve.offer.door import Door
 
 THOUGHT = ["<think>", "hm", "</think>", "ye", "s"]
 MESSAGES = [{"role": "user", "content": "a secret question"}]

@@ -12,11 +12,11 @@ from scripted import ScriptedEngine
 
 from pipeline.chat import EARLY_STOP, Chat
 from pipeline.engine.protocol import Capability
-from pipeline.serve.catalog import Served
-from pipeline.serve.choices import answer_all, whole_usage
-from pipeline.serve.events import Called, Ended, Event, Said, Tally
-from pipeline.serve.order import Order, decide
-from pipeline.serve.request import ChatRequest
+from pipeline.serve.asking.order import Order, decide
+from pipeline.serve.asking.request import ChatRequest
+from pipeline.serve.offer.catalog import Served
+from pipeline.serve.replying.choices import answer_all, whole_usage
+from pipeline.serve.replying.events import Called, Ended, Event, Said, Tally
 
 USER = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}

@@ -11,11 +11,11 @@ from scripted import ScriptedEngine
 
 from pipeline.chat import Chat
 from pipeline.engine.protocol import Capability
-from pipeline.serve.catalog import Served
-from pipeline.serve.missing import what_is_missing
-from pipeline.serve.price import Price, parse_usd
+from pipeline.serve.offer.catalog import Served
+from pipeline.serve.offer.missing import what_is_missing
+from pipeline.serve.offer.price import Price, parse_usd
+from pipeline.serve.offer.provider import UNLISTED, Listing
 from pipeline.serve.probes.document import find_fault
-from pipeline.serve.provider import UNLISTED, Listing
 from pipeline.serve.schema.models import model_document
 from pipeline.serve.schema.provider import (
     legacy_keys,

@@ -14,9 +14,9 @@ from elsewhere import free_port, llamacpp_at
 from honest import DONE, KEY, MODEL, NAMES, Honest
 from scripted import ScriptedEngine
 
-from pipeline.serve.books import open_books
-from pipeline.serve.keys import Keys
-from pipeline.serve.ledger import Ledger
+from pipeline.serve.books.database import open_books
+from pipeline.serve.books.keys import Keys
+from pipeline.serve.books.ledger import Ledger
 from pipeline.serve.probe import Finding, probe
 
 Body = dict[str, Any]

@@ -23,12 +23,12 @@ from scripted import ScriptedEngine
 
 from pipeline.chat import Chat
 from pipeline.errors import EngineDown, EngineError, GateMissed, PipelineError
-from pipeline.serve import offering as offering_module
-from pipeline.serve.catalog import Catalog
 from pipeline.serve.control import ask_to_reload, obeying, socket_of
-from pipeline.serve.engines import EngineSetup
-from pipeline.serve.fleet import Fleet
-from pipeline.serve.offering import Offering
+from pipeline.serve.offer import offering as offering_module
+from pipeline.serve.offer.catalog import Catalog
+from pipeline.serve.offer.engines import EngineSetup
+from pipeline.serve.offer.fleet import Fleet
+from pipeline.serve.offer.offering import Offering
 from pipeline.serve.settings import Settings, read_target
 
 A, B = "{slug: me/a, gguf: a/a.gguf}", "{slug: me/b, gguf: b/b.gguf}"

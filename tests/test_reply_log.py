@@ -14,8 +14,8 @@ from scripted import ScriptedEngine
 from sqlalchemy import Engine
 
 from pipeline.cli.log import JsonLines
-from pipeline.serve import reply_log
-from pipeline.serve.keys import Keys
+from pipeline.serve.books.keys import Keys
+from pipeline.serve.monitoring import reply_log
 
 MESSAGES = [{"role": "user", "content": "a secret question"}]
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.chat import ToolCall
 from pipeline.engine.protocol import TokenLogprob
-from pipeline.serve.events import Called, Ended, Said
-from pipeline.serve.response_cache import (
+from pipeline.serve.api.response_cache import (
     MISS_HEADERS,
     Kept,
     Question,
@@ -18,6 +17,7 @@ from pipeline.serve.response_cache import (
     Wish,
     read_wish,
 )
+from pipeline.serve.replying.events import Called, Ended, Said
 
 END = Ended("stop", "stop")
 KEPT = Kept(((0, Said("answer", "hello")), (0, END)), "gen-1-a", "local/tiny", "Acme")

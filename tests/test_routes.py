@@ -21,12 +21,12 @@ from scripted import ScriptedEngine
 from sqlalchemy import Engine
 
 from pipeline.chat import Chat
-from pipeline.serve.app import App
-from pipeline.serve.books import open_books
-from pipeline.serve.catalog import Catalog, Served
-from pipeline.serve.keys import Keys
-from pipeline.serve.ledger import Ledger
-from pipeline.serve.listing import ModelsQuery
+from pipeline.serve.api.app import App
+from pipeline.serve.api.listing import ModelsQuery
+from pipeline.serve.books.database import open_books
+from pipeline.serve.books.keys import Keys
+from pipeline.serve.books.ledger import Ledger
+from pipeline.serve.offer.catalog import Catalog, Served
 
 # OpenRouter's own, of its public specification.
 SCHEMAS = json.loads((Path(__file__).parent / "openrouter_schemas.json").read_text("utf-8"))

@@ -17,13 +17,13 @@ from scripted import ScriptedEngine
 
 from pipeline.chat import Chat
 from pipeline.engine.protocol import Delta
-from pipeline.serve.app import App
-from pipeline.serve.books import open_books
-from pipeline.serve.catalog import Catalog, Served, Upstream
-from pipeline.serve.door import Door
-from pipeline.serve.keys import Keys
-from pipeline.serve.ledger import Ledger
-from pipeline.serve.price import Price
+from pipeline.serve.api.app import App
+from pipeline.serve.books.database import open_books
+from pipeline.serve.books.keys import Keys
+from pipeline.serve.books.ledger import Ledger
+from pipeline.serve.offer.catalog import Catalog, Served, Upstream
+from pipeline.serve.offer.door import Door
+from pipeline.serve.offer.price import Price
 
 USER = {"role": "user", "content": "hi"}
 ABLE = ("top_k", "seed", "grammar")

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from scripted import ScriptedEngine
 
 from pipeline.chat import Chat
-from pipeline.serve.app import App
-from pipeline.serve.catalog import Catalog, Served
-from pipeline.serve.exchange import MAX_BODY_BYTES
+from pipeline.serve.api.app import App
+from pipeline.serve.api.exchange import MAX_BODY_BYTES
+from pipeline.serve.offer.catalog import Catalog, Served
 
 USER = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}

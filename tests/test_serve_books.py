@@ -14,9 +14,9 @@ from scripted import ScriptedEngine
 from sqlalchemy import Engine
 
 from pipeline.errors import EngineDown
-from pipeline.serve.books import open_books
-from pipeline.serve.keys import Keys
-from pipeline.serve.ledger import Generation, Ledger
+from pipeline.serve.books.database import open_books
+from pipeline.serve.books.keys import Keys
+from pipeline.serve.books.ledger import Generation, Ledger
 
 THOUGHT = ["<think>", "hm", "</think>", "ye", "s"]
 MESSAGES = [{"role": "user", "content": "hi"}]

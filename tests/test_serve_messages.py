@@ -14,10 +14,10 @@ from scripted import ScriptedEngine
 from sqlalchemy import Engine
 
 from pipeline.chat import Chat
-from pipeline.serve.app import App
-from pipeline.serve.books import open_books
-from pipeline.serve.catalog import Catalog, Served
-from pipeline.serve.keys import Keys
+from pipeline.serve.api.app import App
+from pipeline.serve.books.database import open_books
+from pipeline.serve.books.keys import Keys
+from pipeline.serve.offer.catalog import Catalog, Served
 
 PATH = "/messages"
 USER = {"role": "user", "content": "hi"}

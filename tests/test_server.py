@@ -25,14 +25,14 @@ from pipeline.errors import BaseError, GateMissed, PipelineError
 from pipeline.serve import ask as asking
 from pipeline.serve import server
 from pipeline.serve.ask import ask_both_modes
-from pipeline.serve.catalog import Served
+from pipeline.serve.offer.catalog import Served
 from pipeline.serve.server import serve
 from pipeline.serve.settings import Settings
 
 SERVE = """
 import json, sys
 from pathlib import Path
-from pipeline.serve.engines import Room
+from pipeline.serve.offer.engines import Room
 from pipeline.serve.server import serve
 from pipeline.serve.settings import Settings
 

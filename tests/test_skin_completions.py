@@ -13,13 +13,13 @@ from scripted import ScriptedEngine
 from pipeline.chat import Chat
 from pipeline.engine.protocol import TokenLogprob
 from pipeline.errors import RequestError
-from pipeline.serve.constraints import Constraints
-from pipeline.serve.events import Ended, Event, Said, Usage
-from pipeline.serve.ignored import find_ignored
-from pipeline.serve.price import Cost
+from pipeline.serve.asking.constraints import Constraints
+from pipeline.serve.asking.ignored import find_ignored
+from pipeline.serve.offer.price import Cost
+from pipeline.serve.replying.events import Ended, Event, Said, Usage
 from pipeline.serve.schema.completions import TextWriter
-from pipeline.serve.skin import Bill, Heading
 from pipeline.serve.skins.completions import Completions
+from pipeline.serve.skins.skin import Bill, Heading
 
 SKIN = Completions()
 BILL = Bill(Usage(10, 8, 0, 4), Cost(2_000_000, 3_000_000))

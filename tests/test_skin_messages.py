@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RequestError
-from pipeline.serve.request import ChatRequest
+from pipeline.serve.asking.request import ChatRequest
 from pipeline.serve.skins.messages import Messages
 
 MESSAGES = Messages()

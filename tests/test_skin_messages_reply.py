@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from pipeline.chat import Chat, ToolCall
 from pipeline.errors import Availability, RequestError
-from pipeline.serve.events import Called, Ended, Event, Said, Usage
-from pipeline.serve.price import Cost
-from pipeline.serve.skin import Bill, Heading
+from pipeline.serve.offer.price import Cost
+from pipeline.serve.replying.events import Called, Ended, Event, Said, Usage
 from pipeline.serve.skins.messages import Messages
+from pipeline.serve.skins.skin import Bill, Heading
 
 SCHEMAS = json.loads((Path(__file__).parent / "openrouter_schemas.json").read_text("utf-8"))
 MESSAGES = Messages()

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from pipeline.chat import Chat, ToolCall
 from pipeline.engine.protocol import TokenLogprob
 from pipeline.errors import Availability, RequestError
-from pipeline.serve.constraints import Constraints
-from pipeline.serve.events import Called, Ended, Event, Said, Usage
-from pipeline.serve.ignored import find_ignored
-from pipeline.serve.price import Cost
-from pipeline.serve.request import ChatRequest, NamedTool
+from pipeline.serve.asking.constraints import Constraints
+from pipeline.serve.asking.ignored import find_ignored
+from pipeline.serve.asking.request import ChatRequest, NamedTool
+from pipeline.serve.offer.price import Cost
+from pipeline.serve.replying.events import Called, Ended, Event, Said, Usage
 from pipeline.serve.schema.responses import ResponseWriter
-from pipeline.serve.skin import Bill, Heading
 from pipeline.serve.skins.responses import Responses
+from pipeline.serve.skins.skin import Bill, Heading
 
 # OpenRouter's own, of its public specification.
 SCHEMAS = json.loads((Path(__file__).parent / "openrouter_schemas.json").read_text("utf-8"))

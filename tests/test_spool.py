@@ -24,13 +24,13 @@ from sqlalchemy import Engine, func, select
 
 from pipeline.chat import Chat
 from pipeline.errors import BooksError
-from pipeline.serve import books as books_module
-from pipeline.serve import tables, writer
-from pipeline.serve.app import App
-from pipeline.serve.books import open_books
-from pipeline.serve.catalog import Catalog, Served
-from pipeline.serve.ledger import Ledger, open_ledger
-from pipeline.serve.pending import pending_folder
+from pipeline.serve.api.app import App
+from pipeline.serve.books import tables
+from pipeline.serve.books.database import database as books_module
+from pipeline.serve.books.database import open_books, writer
+from pipeline.serve.books.ledger import Ledger, open_ledger
+from pipeline.serve.books.pending import pending_folder
+from pipeline.serve.offer.catalog import Catalog, Served
 
 SERVE = """
 import sys, time
@@ -38,11 +38,11 @@ from pathlib import Path
 from running import running
 from scripted import ScriptedEngine
 from pipeline.chat import Chat
-from pipeline.serve import books as module
-from pipeline.serve.app import App
-from pipeline.serve.books import open_books
-from pipeline.serve.catalog import Catalog, Served
-from pipeline.serve.ledger import open_ledger
+from pipeline.serve.books.database import database as module
+from pipeline.serve.api.app import App
+from pipeline.serve.books.database import open_books
+from pipeline.serve.offer.catalog import Catalog, Served
+from pipeline.serve.books.ledger import open_ledger
 
 module.BUSY_TIMEOUT_S = 0.1
 engine = ScriptedEngine(["word "] * int(sys.argv[3]), delay_s=0.005)

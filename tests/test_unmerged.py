@@ -29,7 +29,7 @@ from pipeline.export.adapter import write_adapter
 from pipeline.export.vllm import vllm_options, why_not_vllm
 from pipeline.recipe import parse_recipe
 from pipeline.run import Run
-from pipeline.serve.artefact import find_artefact, load
+from pipeline.serve.offer.artefact import find_artefact, load
 from pipeline.stages import Context
 
 PROMPT = (72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100)

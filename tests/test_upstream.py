@@ -15,15 +15,15 @@ from scripted import ScriptedEngine
 
 from pipeline.chat import Chat, ToolCall
 from pipeline.errors import EngineDown, EngineError, EngineRefused, EngineTimeout
-from pipeline.serve.books import open_books
-from pipeline.serve.catalog import Served, Upstream
-from pipeline.serve.choices import Indexed, answer_all
-from pipeline.serve.events import Called, Ended, Said, Tally, Usage
-from pipeline.serve.keys import Keys
-from pipeline.serve.order import decide
-from pipeline.serve.price import Price
-from pipeline.serve.request import ChatRequest, check_request
-from pipeline.serve.upstream import Elsewhere
+from pipeline.serve.asking.order import decide
+from pipeline.serve.asking.request import ChatRequest, check_request
+from pipeline.serve.books.database import open_books
+from pipeline.serve.books.keys import Keys
+from pipeline.serve.offer.catalog import Served, Upstream
+from pipeline.serve.offer.price import Price
+from pipeline.serve.replying.choices import Indexed, answer_all
+from pipeline.serve.replying.events import Called, Ended, Said, Tally, Usage
+from pipeline.serve.routing.upstream import Elsewhere
 
 KEY = "sk-or-v1-secret"
 QUESTION = [{"role": "user", "content": "hello there"}]

@@ -24,7 +24,7 @@ from pipeline.engine.protocol import Sampling
 from pipeline.engine.vllm import Vllm
 from pipeline.errors import PipelineError
 from pipeline.run import write_json
-from pipeline.serve.artefact import find_artefact, load
+from pipeline.serve.offer.artefact import find_artefact, load
 
 log = logging.getLogger(__name__)
 

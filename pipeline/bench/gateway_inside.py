@@ -10,8 +10,8 @@ from pipeline.bench.gateway_engine import CONTEXT_TOKENS, MODEL
 from pipeline.bench.gateway_script import Script, serve_on
 from pipeline.chat import CALL, END_THINK, Chat
 from pipeline.engine.protocol import PLAIN, Capability, Delta, Lane, Sampling
-from pipeline.serve.app import App
-from pipeline.serve.catalog import Catalog, Served
+from pipeline.serve.api.app import App
+from pipeline.serve.offer.catalog import Catalog, Served
 
 
 class Engine:

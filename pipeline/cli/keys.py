@@ -56,9 +56,9 @@ def create(  # noqa: PLR0913 - each is an option
     books: Books = None,
 ) -> None:
     """Make a key and print it; it cannot be shown again."""
-    from pipeline.serve.allowance import read_columns
-    from pipeline.serve.books import open_books
-    from pipeline.serve.keys import Keys
+    from pipeline.serve.books.allowance import read_columns
+    from pipeline.serve.books.database import open_books
+    from pipeline.serve.books.keys import Keys
 
     columns = read_columns(
         limit=limit,
@@ -76,8 +76,8 @@ def create(  # noqa: PLR0913 - each is an option
 @commands.command("list")
 def list_keys(books: Books = None) -> None:
     """Say which keys there are, without what would let anybody in."""
-    from pipeline.serve.books import open_books
-    from pipeline.serve.key_list import describe_keys
+    from pipeline.serve.books.database import open_books
+    from pipeline.serve.books.key_list import describe_keys
 
     with open_books(books) as opened:
         lines = describe_keys(opened)
@@ -101,7 +101,7 @@ def limit(  # noqa: PLR0913 - each is an option
 ) -> None:
     """Change what a key may do; `none` takes a limit away, what is not said stays."""
     from pipeline.errors import BooksError
-    from pipeline.serve.allowance import read_columns
+    from pipeline.serve.books.allowance import read_columns
 
     columns = read_columns(
         limit=limit,
@@ -132,8 +132,8 @@ def enable(key: Which, books: Books = None) -> None:
 @commands.command()
 def rotate(key: Which, books: Books = None) -> None:
     """Print a new text of a key, which keeps its limits and use; the old one opens nothing."""
-    from pipeline.serve.books import open_books
-    from pipeline.serve.keys import Keys
+    from pipeline.serve.books.database import open_books
+    from pipeline.serve.books.keys import Keys
 
     with open_books(books) as opened:
         keys = Keys(opened)
@@ -143,8 +143,8 @@ def rotate(key: Which, books: Books = None) -> None:
 @commands.command()
 def delete(key: Which, books: Books = None) -> None:
     """Delete a key; what it was used for stays in the books."""
-    from pipeline.serve.books import open_books
-    from pipeline.serve.keys import Keys
+    from pipeline.serve.books.database import open_books
+    from pipeline.serve.books.keys import Keys
 
     with open_books(books) as opened:
         keys = Keys(opened)
@@ -154,9 +154,9 @@ def delete(key: Which, books: Books = None) -> None:
 
 
 def _change(word: str, columns: dict[str, object], books: str | None) -> None:
-    from pipeline.serve.books import open_books
-    from pipeline.serve.key_list import describe_keys
-    from pipeline.serve.keys import Keys
+    from pipeline.serve.books.database import open_books
+    from pipeline.serve.books.key_list import describe_keys
+    from pipeline.serve.books.keys import Keys
 
     with open_books(books) as opened:
         keys = Keys(opened)

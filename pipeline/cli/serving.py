@@ -8,7 +8,7 @@ import typer
 from typer import echo as say
 
 from pipeline.cli.keys import Books
-from pipeline.serve.choice import Choice
+from pipeline.serve.offer.choice import Choice
 
 commands = typer.Typer()
 Artefact = Annotated[
@@ -81,10 +81,10 @@ def serve(  # noqa: PLR0913 - each is an option
     books: Books = None,
 ) -> None:
     """Serve it behind OpenRouter's API until Ctrl-C."""
-    from pipeline.serve.artefact import name_adapters
-    from pipeline.serve.catalog import Served
-    from pipeline.serve.engines import Room
-    from pipeline.serve.missing import what_is_missing
+    from pipeline.serve.offer.artefact import name_adapters
+    from pipeline.serve.offer.catalog import Served
+    from pipeline.serve.offer.engines import Room
+    from pipeline.serve.offer.missing import what_is_missing
     from pipeline.serve.server import serve as run_server
     from pipeline.serve.settings import Settings
 
@@ -146,8 +146,8 @@ def chat(
 
     from rich.console import Console
 
-    from pipeline.serve.artefact import find_artefact
-    from pipeline.serve.menu import is_menu, read_menu
+    from pipeline.serve.offer.artefact import find_artefact
+    from pipeline.serve.offer.menu import is_menu, read_menu
     from pipeline.serve.terminal import talk
 
     key = os.environ.get("OPENROUTER_API_KEY", "")

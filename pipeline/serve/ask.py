@@ -11,7 +11,7 @@ from openai import APIError, OpenAI
 
 from pipeline.chat import Mode
 from pipeline.errors import EngineError, PipelineError
-from pipeline.serve.choice import Choice
+from pipeline.serve.offer.choice import Choice
 from pipeline.serve.server import check
 from pipeline.serve.settings import Settings
 

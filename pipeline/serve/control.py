@@ -9,7 +9,7 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 from pipeline.errors import PipelineError
-from pipeline.serve.books import default_books
+from pipeline.serve.books.database import default_books
 
 log = logging.getLogger(__name__)
 

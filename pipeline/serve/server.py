@@ -16,16 +16,16 @@ import uvicorn
 import uvloop
 
 from pipeline.errors import PipelineError
-from pipeline.serve.app import App
-from pipeline.serve.books import open_books
-from pipeline.serve.catalog import Catalog, Served
+from pipeline.serve.api.app import App
+from pipeline.serve.books.database import open_books
+from pipeline.serve.books.keys import Keys, first_key
+from pipeline.serve.books.ledger import Ledger, open_ledger
 from pipeline.serve.control import obeying
-from pipeline.serve.entries import read_entries
-from pipeline.serve.fleet import Fleet
-from pipeline.serve.keys import Keys, first_key
-from pipeline.serve.ledger import Ledger, open_ledger
-from pipeline.serve.menu import Menu
-from pipeline.serve.offering import Offering
+from pipeline.serve.offer.catalog import Catalog, Served
+from pipeline.serve.offer.entries import read_entries
+from pipeline.serve.offer.fleet import Fleet
+from pipeline.serve.offer.menu import Menu
+from pipeline.serve.offer.offering import Offering
 from pipeline.serve.schema.reply import ChatStyle
 from pipeline.serve.settings import Settings, read_target
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pipeline.engine.choose import choose_engine
 from pipeline.errors import PipelineError
-from pipeline.serve.choice import Choice
-from pipeline.serve.engines import Room
-from pipeline.serve.menu import Menu, Model, is_menu, read_menu
+from pipeline.serve.offer.choice import Choice
+from pipeline.serve.offer.engines import Room
+from pipeline.serve.offer.menu import Menu, Model, is_menu, read_menu
 
 _OURS = ("auto", "llamacpp", "vllm")
 

@@ -4,11 +4,11 @@ import asyncio
 import functools
 from collections.abc import Callable
 
-from pipeline.serve.exchange import Exchange
+from pipeline.serve.api.exchange import Exchange
+from pipeline.serve.api.routes import Routes
 from pipeline.serve.openapi.components import Schema
 from pipeline.serve.openapi.document import openapi_document
 from pipeline.serve.openapi.page import render_page
-from pipeline.serve.routes import Routes
 
 
 class Description:

@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 
+from pipeline.serve.api.routes import PREFIXES, Routes
 from pipeline.serve.openapi.components import Components, Schema, fields_of
 from pipeline.serve.openapi.operations import OPERATIONS, Operation
-from pipeline.serve.routes import PREFIXES, Routes
 
 _ABOUT = (
     "OpenRouter's API over models of your own. A request field is honoured, refused with the "

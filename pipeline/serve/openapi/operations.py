@@ -6,11 +6,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.serve.allowance import KeyChange, NewKey
-from pipeline.serve.listing import ModelsQuery
-from pipeline.serve.managing import KeysQuery
+from pipeline.serve.api.listing import ModelsQuery
+from pipeline.serve.api.managing import KeysQuery
+from pipeline.serve.asking.request import ChatRequest
+from pipeline.serve.books.allowance import KeyChange, NewKey
 from pipeline.serve.openapi import account, answers, catalogue, errors
-from pipeline.serve.request import ChatRequest
 from pipeline.serve.skins.completions import CompletionsRequest
 from pipeline.serve.skins.messages_request import MessagesRequest
 from pipeline.serve.skins.responses import ResponsesRequest

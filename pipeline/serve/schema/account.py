@@ -4,11 +4,11 @@ import datetime
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.serve.keys import Key
-from pipeline.serve.ledger import DailyUse, Generation
-from pipeline.serve.price import usd_number
+from pipeline.serve.books.keys import Key
+from pipeline.serve.books.ledger import DailyUse, Generation
+from pipeline.serve.books.spending import Spent
+from pipeline.serve.offer.price import usd_number
 from pipeline.serve.schema.common import PROVIDER
-from pipeline.serve.spending import Spent
 
 WORKSPACE = "default"
 """Clients want to know in which one a key is."""

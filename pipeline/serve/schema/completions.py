@@ -7,10 +7,10 @@ from typing import Any
 from pipeline.chat import Chat
 from pipeline.engine.protocol import TokenLogprob
 from pipeline.errors import RequestError
-from pipeline.serve.events import Ended, Event, Said
+from pipeline.serve.replying.events import Ended, Event, Said
 from pipeline.serve.schema.common import error_body
 from pipeline.serve.schema.reply import DONE, KEEP_ALIVE, ending, frame
-from pipeline.serve.skin import Bill, Body, Heading
+from pipeline.serve.skins.skin import Bill, Body, Heading
 
 
 class TextWriter:

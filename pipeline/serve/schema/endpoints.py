@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.serve.catalog import Served
-from pipeline.serve.endpoint import Endpoint
+from pipeline.serve.offer.catalog import Served
+from pipeline.serve.routing.endpoint import Endpoint
 from pipeline.serve.schema.models import architecture, description, pricing
 
 _HEALTHY, _DOWN = 0, -10

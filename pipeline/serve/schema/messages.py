@@ -7,10 +7,10 @@ from typing import Any
 import orjson
 
 from pipeline.errors import RequestError
-from pipeline.serve.events import Called, Ended, Event, Said, Usage
-from pipeline.serve.price import Cost, usd_number
+from pipeline.serve.offer.price import Cost, usd_number
+from pipeline.serve.replying.events import Called, Ended, Event, Said, Usage
 from pipeline.serve.schema.common import beside, error_body, random_letters
-from pipeline.serve.skin import Bill, Body, Heading
+from pipeline.serve.skins.skin import Bill, Body, Heading
 
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 _EMPTY: dict[str, Body] = {

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.serve.endpoint import Answering, Endpoint
-from pipeline.serve.routing import Route
+from pipeline.serve.routing.endpoint import Answering, Endpoint
+from pipeline.serve.routing.route import Route
 
 
 @dataclass(frozen=True)

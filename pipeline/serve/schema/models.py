@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.serve.catalog import Served
-from pipeline.serve.price import Price, usd_text
-from pipeline.serve.reasoning import SHARES
+from pipeline.serve.asking.reasoning import SHARES
+from pipeline.serve.offer.catalog import Served
+from pipeline.serve.offer.price import Price, usd_text
 from pipeline.serve.schema.common import TOKENIZER
 from pipeline.serve.schema.provider import legacy_keys
 from pipeline.serve.schema.supported import supported_parameters

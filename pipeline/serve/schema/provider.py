@@ -6,11 +6,11 @@ The schema takes no key that it does not know, and a document with one is droppe
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
-from pipeline.serve.catalog import Served
-from pipeline.serve.preferences import Quantization
-from pipeline.serve.price import usd_text
-from pipeline.serve.provider import Listing
-from pipeline.serve.reasoning import SHARES
+from pipeline.serve.asking.preferences import Quantization
+from pipeline.serve.asking.reasoning import SHARES
+from pipeline.serve.offer.catalog import Served
+from pipeline.serve.offer.price import usd_text
+from pipeline.serve.offer.provider import Listing
 from pipeline.serve.schema.common import TOKENIZER
 from pipeline.serve.schema.supported import supported_parameters
 

@@ -9,10 +9,10 @@ import orjson
 from pipeline.chat import Chat
 from pipeline.engine.protocol import TokenLogprob
 from pipeline.errors import RequestError
-from pipeline.serve.events import Called, Ended, Event, Said
-from pipeline.serve.price import usd_number
+from pipeline.serve.offer.price import usd_number
+from pipeline.serve.replying.events import Called, Ended, Event, Said
 from pipeline.serve.schema.common import beside, call_id, error_body
-from pipeline.serve.skin import Bill, Heading, UsageChunk
+from pipeline.serve.skins.skin import Bill, Heading, UsageChunk
 
 KEEP_ALIVE = b": OPENROUTER PROCESSING\n\n"
 DONE = b"data: [DONE]\n\n"

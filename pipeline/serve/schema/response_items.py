@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.chat import Chat
-from pipeline.serve.events import Called, Ended, Event, Said
+from pipeline.serve.replying.events import Called, Ended, Event, Said
 from pipeline.serve.schema.common import call_id, random_letters
 from pipeline.serve.schema.reply import logprobs_object
-from pipeline.serve.skin import Body
+from pipeline.serve.skins.skin import Body
 
 Status = Literal["in_progress", "completed", "incomplete"]
 

@@ -7,12 +7,12 @@ from typing import Any
 import orjson
 
 from pipeline.errors import RequestError
-from pipeline.serve.events import Ended, Event
-from pipeline.serve.price import usd_number
+from pipeline.serve.offer.price import usd_number
+from pipeline.serve.replying.events import Ended, Event
 from pipeline.serve.schema.common import beside, error_body
 from pipeline.serve.schema.reply import DONE
 from pipeline.serve.schema.response_items import Items
-from pipeline.serve.skin import Bill, Body, Heading
+from pipeline.serve.skins.skin import Bill, Body, Heading
 
 COMMENT = b":\n\n"
 _TOO_LONG = ("context_length_exceeded", "max_tokens_exceeded", "token_limit_exceeded")

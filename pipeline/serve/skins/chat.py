@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import RequestError
-from pipeline.serve.request import ChatRequest, check_request
+from pipeline.serve.asking.request import ChatRequest, check_request
 from pipeline.serve.schema.common import error_body
 from pipeline.serve.schema.completions import TextWriter
 from pipeline.serve.schema.reply import KEEP_ALIVE, USUAL, ChatStyle, ChatWriter
-from pipeline.serve.skin import Body, Heading, Writer
+from pipeline.serve.skins.skin import Body, Heading, Writer
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from pipeline.errors import RequestError
-from pipeline.serve.request import ChatRequest, check_request
+from pipeline.serve.asking.request import ChatRequest, check_request
 from pipeline.serve.schema.common import error_body
 from pipeline.serve.schema.completions import TextWriter
 from pipeline.serve.schema.reply import KEEP_ALIVE
-from pipeline.serve.skin import Body, Heading, Writer
+from pipeline.serve.skins.skin import Body, Heading, Writer
 from pipeline.serve.skins.strict import Strict, read_as
 
 

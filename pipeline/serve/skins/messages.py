@@ -5,9 +5,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.errors import RequestError
-from pipeline.serve.request import ChatRequest, check_request
+from pipeline.serve.asking.request import ChatRequest, check_request
 from pipeline.serve.schema.messages import PING, MessageWriter, message_error_body
-from pipeline.serve.skin import Body, Heading
 from pipeline.serve.skins.messages_request import (
     Block,
     Message,
@@ -20,6 +19,7 @@ from pipeline.serve.skins.messages_request import (
     ToolUse,
     unread,
 )
+from pipeline.serve.skins.skin import Body, Heading
 from pipeline.serve.skins.strict import read_as
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}

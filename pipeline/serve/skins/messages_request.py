@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.serve.request import HARMLESS, Effort
+from pipeline.serve.asking.request import HARMLESS, Effort
 from pipeline.serve.skins.strict import Strict
 
 MAX_STOPS = 4

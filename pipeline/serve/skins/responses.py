@@ -7,10 +7,10 @@ import orjson
 from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from pipeline.errors import RequestError
-from pipeline.serve.request import ChatRequest, check_request
+from pipeline.serve.asking.request import ChatRequest, check_request
 from pipeline.serve.schema.responses import COMMENT, ResponseWriter, response_error_body
-from pipeline.serve.skin import Body, Heading, Writer
 from pipeline.serve.skins.responses_input import read_input
+from pipeline.serve.skins.skin import Body, Heading, Writer
 from pipeline.serve.skins.strict import Strict, read_as
 
 _LOGPROBS = "message.output_text.logprobs"

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import RequestError
-from pipeline.serve.faults import first_fault
+from pipeline.serve.asking.faults import first_fault
 
 
 class Strict(BaseModel):

@@ -1,0 +1,1 @@
+"""HTTP: which handler answers, whose request it is, and the way of a reply to its client."""

@@ -1,0 +1,272 @@
+"""A request for a reply in any dialect: read, routed, tried where it may be, answered, booked."""
+
+import contextlib
+import functools
+import logging
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pipeline.engine.protocol import Lane
+from pipeline.errors import BooksError, EngineError, RequestError
+from pipeline.serve import schema
+from pipeline.serve.api.exchange import Exchange, HungUp, Opening
+from pipeline.serve.api.failures import as_request_error, is_passing
+from pipeline.serve.api.limits import Limits, permitted
+from pipeline.serve.api.record import Arrival, Record
+from pipeline.serve.api.repeating import Repeating, find_wish
+from pipeline.serve.api.response_cache import ResponseCache
+from pipeline.serve.api.sending import STREAM_HEADERS, Reply, send_stream, send_whole
+from pipeline.serve.asking.presets import with_preset
+from pipeline.serve.asking.request import HEALING, ChatRequest, parse_object
+from pipeline.serve.books.keys import Key
+from pipeline.serve.books.ledger import Ledger
+from pipeline.serve.monitoring.metrics import Metrics
+from pipeline.serve.monitoring.reply_log import tell
+from pipeline.serve.offer.catalog import Catalog
+from pipeline.serve.replying.choices import Indexed
+from pipeline.serve.replying.events import Usage
+from pipeline.serve.routing.endpoint import Answering, Endpoint
+from pipeline.serve.routing.endpoints import Endpoints
+from pipeline.serve.routing.route import Route, asked_models, find_route
+from pipeline.serve.schema.metadata import Attempt, metadata_body
+from pipeline.serve.skins.skin import Bill, Body, Heading, Skin
+
+log = logging.getLogger(__name__)
+
+_SALT_DIGITS = 32
+_WANTS_METADATA = ("x-openrouter-metadata", "x-openrouter-experimental-metadata")
+
+
+@dataclass(frozen=True)
+class Asking:
+    """One request on its way to an answer."""
+
+    exchange: Exchange
+    skin: Skin
+    arrival: Arrival
+    values: Body
+    """Its body."""
+    request: ChatRequest
+    route: Route
+    repeating: Repeating | None = None
+    """None if its answer must be made for it alone."""
+    attempts: list[Attempt] = field(default_factory=list)
+
+    def heading(self, endpoint: Endpoint, **others: Any) -> Heading:
+        """Of a reply from there."""
+        served, arrival = endpoint.served, self.arrival
+        return Heading(
+            arrival.id,
+            arrival.created,
+            served.slug,
+            endpoint.provider,
+            served.chat,
+            self.values,
+            **others,
+        )
+
+    def metadata(self, answering: Answering | None, stages: Sequence[str] = ()) -> Body | None:
+        """None if the client does not want it, and for a reply that was not made for it."""
+        headers = self.exchange.headers
+        if not self.attempts or all(
+            headers.get(name, "").lower() != "enabled" for name in _WANTS_METADATA
+        ):
+            return None
+        return metadata_body(self.route, self.attempts, answering, stages)
+
+
+@dataclass(frozen=True)
+class Inference:
+    """Handlers of the routes that generate."""
+
+    catalog: Catalog
+    endpoints_of: Endpoints
+    ledger: Ledger | None
+    limits: Limits
+    cache: ResponseCache
+    keep_alive_s: float
+    metrics: Metrics = field(default_factory=Metrics)
+
+    async def answer(self, exchange: Exchange, key: Key | None, skin: Skin) -> None:
+        """Raises what the client must be told, unless something was sent."""
+        arrival = Arrival.now(key, exchange.headers, self.limits.now_s())
+        with self.limits.entered(key):
+            await self._answer(exchange, arrival, skin)
+
+    async def _answer(self, exchange: Exchange, arrival: Arrival, skin: Skin) -> None:
+        body = await exchange.read_body()
+        values = parse_object(body)
+        asked = skin.read(values)
+        exchange.asked_models = asked_models(asked)
+        request = with_preset(asked, self.catalog.presets)
+        route = find_route(request, self.catalog, self.endpoints_of)
+        route = replace(route, requested=(*exchange.asked_models, route.requested)[0])
+        route = permitted(route, arrival.key)
+        path = exchange.scope["path"]
+        repeating = find_wish(self.cache, arrival, path, body, route, request)
+        asking = Asking(exchange, skin, arrival, values, request, route, repeating)
+        earlier = repeating.find() if repeating else None
+        work = self._repeat(asking, *earlier) if earlier else self._try_all(asking)
+        async with exchange.kept_open(_opening(asking), self.keep_alive_s):
+            try:
+                await exchange.unless_hung_up(work)
+            except RequestError as failure:
+                if not exchange.is_started:
+                    raise
+                await _tell_late(asking, failure)
+
+    async def _repeat(
+        self, asking: Asking, answering: Answering, headers: Mapping[str, str], source: str
+    ) -> None:
+        """Tell it as if it had just been made, for nothing."""
+        record = Record(asking.arrival, asking.request, answering, cache_source=source)
+        try:
+            await self._send(asking, record, record.noted(answering.replies), headers)
+        finally:
+            await self.book(asking, record)
+
+    async def _try_all(self, asking: Asking) -> None:
+        """Each endpoint until one has begun to answer; the last one's failure is the client's."""
+        left = list(asking.route.endpoints)
+        while left:
+            endpoint = left.pop(0)
+            try:
+                await self._try(asking, endpoint, is_last=not left)
+                return
+            except (RequestError, EngineError) as error:
+                if asking.exchange.has_said:
+                    raise
+                failure = as_request_error(error)
+                asking.attempts[-1] = Attempt(endpoint, failure.status)
+                if not is_passing(failure):
+                    left = [other for other in left if other.served is not endpoint.served]
+                # What went wrong inside is nobody's business, nor is how the request got there.
+                is_ours = failure.status == schema.INTERNAL_STATUS
+                asking.exchange.metadata = None if is_ours else asking.metadata(None)
+                if not left:
+                    raise failure from error
+                log.warning("%s: %s; trying another", endpoint.served.slug, failure)
+
+    async def _try(self, asking: Asking, endpoint: Endpoint, *, is_last: bool) -> None:
+        asking.attempts.append(Attempt(endpoint, 200))
+        answering = await endpoint.prepare(asking.request, _lane(asking))
+        keeps = asking.repeating is not None
+        record = Record(asking.arrival, asking.request, answering, keeps_events=keeps)
+        async with self.limits.reserved(asking.arrival, record):
+            await self._make(asking, record, endpoint, is_last=is_last)
+
+    async def _make(
+        self, asking: Asking, record: Record, endpoint: Endpoint, *, is_last: bool
+    ) -> None:
+        if self.ledger:
+            self.ledger.follow(record.id, record.generation)
+        try:
+            with endpoint.door.entered():
+                await self._reply(asking, record)
+            if asking.repeating:
+                asking.repeating.keep(record)
+        except HungUp:
+            raise
+        except Exception as error:
+            record.error = as_request_error(error)
+            record.is_booked |= not is_last and not asking.exchange.has_said
+            raise record.error from error  # so that it is told, and logged, once
+        finally:
+            await self.book(asking, record)
+            if self.ledger:
+                self.ledger.unfollow(record.id)
+
+    async def _reply(self, asking: Asking, record: Record) -> None:
+        answering = record.answering
+        async with contextlib.aclosing(record.noted(answering.replies)) as events:
+            # Nothing is sent before the first event: until then a failure has a status.
+            first = await anext(events)
+            headers = asking.repeating.headers if asking.repeating else {}
+            await self._send(asking, record, _chain(first, events), headers)
+
+    async def _send(
+        self,
+        asking: Asking,
+        record: Record,
+        events: AsyncGenerator[Indexed, None],
+        headers: Mapping[str, str],
+    ) -> None:
+        answering, request = record.answering, asking.request
+        heading = asking.heading(
+            answering.endpoint,
+            has_logprobs=answering.has_logprobs,
+            num_choices=len(answering.tallies),
+            num_prompt_tokens=answering.num_prompt_tokens,
+        )
+        reply = Reply(
+            record,
+            asking.skin.writer(heading),
+            {**_headers(heading, answering), **headers},
+            functools.partial(asking.metadata, answering),
+            functools.partial(self.book, asking, record),
+            request.has_plugin(HEALING) and _is_json(request),
+        )
+        send = send_stream if request.stream else send_whole
+        await send(asking.exchange, reply, events)
+
+    async def book(self, asking: Asking, record: Record) -> None:
+        """Into metrics and ledger, once; books that cannot be written hold no reply up."""
+        if record.is_booked:
+            return
+        record.is_booked = asking.exchange.is_counted = True
+        generation = record.generation()
+        self.metrics.replied(generation, record.status, record.gaps)
+        tell(generation, record.status, asking.arrival.key)
+        if self.ledger is None:
+            return
+        try:
+            await self.ledger.record(generation)
+        except BooksError as error:
+            log.error("%s", error)
+
+
+def _opening(asking: Asking) -> Opening:
+    """What a response begins with that has kept its client waiting for too long."""
+    headers = {"X-Generation-Id": asking.arrival.id}
+    if asking.request.stream:
+        return Opening("text/event-stream", {**STREAM_HEADERS, **headers}, asking.skin.keep_alive)
+    return Opening("application/json", headers, b" ")
+
+
+async def _tell_late(asking: Asking, failure: RequestError) -> None:
+    """In the body, as the status is out."""
+    exchange, skin = asking.exchange, asking.skin
+    if not asking.request.stream:
+        body = skin.error_body(failure, exchange.asked_models, exchange.metadata)
+        await exchange.answer(body, failure.status, {})
+        return
+    writer = skin.writer(asking.heading(asking.route.endpoints[-1]))
+    bill = Bill(Usage(), metadata=exchange.metadata)
+    await exchange.write(writer.begin(None) + writer.fail(failure, bill), more=False)
+
+
+def _lane(asking: Asking) -> Lane:
+    """What one key's requests leave in an engine's cache is not for another's to find."""
+    key, session = asking.arrival.key, asking.arrival.session(asking.request)
+    return Lane(cache_salt=key.hash[:_SALT_DIGITS] if key else "", session=session or "")
+
+
+def _is_json(request: ChatRequest) -> bool:
+    form = request.response_format
+    return form is not None and form.type in ("json_object", "json_schema")
+
+
+def _headers(heading: Heading, answering: Answering) -> dict[str, str]:
+    headers = {"X-Generation-Id": heading.id, "X-Provider-Name": heading.provider}
+    if answering.ignored:
+        headers["X-Ignored-Parameters"] = schema.ignored_header(answering.ignored)
+    return headers
+
+
+async def _chain(
+    first: Indexed, rest: AsyncGenerator[Indexed, None]
+) -> AsyncGenerator[Indexed, None]:
+    yield first
+    async for event in rest:
+        yield event

@@ -1,0 +1,1 @@
+"""Who answers a request: the engine here, or servers elsewhere, in which order."""
