@@ -20,6 +20,7 @@ from pipeline.serve.api.app import App
 from pipeline.serve.books.database import open_books
 from pipeline.serve.books.keys import Keys, first_key
 from pipeline.serve.books.ledger import Ledger, open_ledger
+from pipeline.serve.content.log import ContentLog, open_content_log
 from pipeline.serve.control import obeying
 from pipeline.serve.offer.catalog import Catalog, Served
 from pipeline.serve.offer.entries import read_entries
@@ -53,12 +54,13 @@ def serve(path: Path, settings: Settings, ready: Ready) -> None:
         _listen(settings.host, port) as listener,
         open_books(settings.books or menu.books) as books,
         open_ledger(books) as ledger,
+        open_content_log(menu.content, books.url) as content_log,
         # Half of asyncio's own time for every event of a stream.
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         style = ChatStyle(menu.usage_chunk, has_reasoning_content=settings.is_provider)
         keys = _who_may_ask(Keys(books), settings)
-        serving = _Serving(path, settings, keys, ledger, style)
+        serving = _Serving(path, settings, keys, ledger, content_log, style)
         runner.run(serving.run(listener, ready))
 
 
@@ -97,6 +99,7 @@ class _Serving:
     keys: Keys | None
     """None lets everybody in."""
     ledger: Ledger
+    content_log: ContentLog
     style: ChatStyle
 
     async def run(self, listener: socket.socket, ready: Ready) -> None:
@@ -113,7 +116,7 @@ class _Serving:
     ) -> None:
         _on_signals(starting.cancel)
         catalog, fleet = Catalog([]), Fleet()
-        app = App(catalog, self.keys, self.ledger, style=self.style)
+        app = App(catalog, self.keys, self.ledger, style=self.style, content_log=self.content_log)
         server = _Server(_configure(app))
         read = functools.partial(read_target, self.path, self.settings)
         requests = server.server_state.tasks

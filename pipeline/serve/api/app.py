@@ -20,6 +20,7 @@ from pipeline.serve.api.response_cache import ResponseCache
 from pipeline.serve.api.routes import Handler, PartHandler, Routes
 from pipeline.serve.books.keys import Key, Keys
 from pipeline.serve.books.ledger import Ledger
+from pipeline.serve.content.log import ContentLog
 from pipeline.serve.monitoring.metrics import CONTENT_TYPE, Metrics
 from pipeline.serve.offer.catalog import Catalog
 from pipeline.serve.openapi.description import Description
@@ -75,6 +76,8 @@ class App:
 
     style: ChatStyle = USUAL
     cache: ResponseCache = field(default_factory=ResponseCache)
+    content_log: ContentLog | None = None
+    """None keeps no word, whatever a key says."""
     metrics: Metrics = field(default_factory=Metrics)
 
     async def close(self) -> None:
@@ -84,7 +87,7 @@ class App:
     @functools.cached_property
     def _routes(self) -> Routes:
         models = Models(self.catalog, self.endpoints_of)
-        account = Account(self.ledger, self._limits)
+        account = Account(self.ledger, self._limits, self.content_log)
         description = Description(lambda: self._routes)
         of_server: dict[str, tuple[str, Handler]] = {
             "/health": ("GET", self._health),
@@ -150,6 +153,7 @@ class App:
             self.cache,
             self.keep_alive_s,
             self.metrics,
+            self.content_log,
         )
 
         async def answer(exchange: Exchange) -> None:

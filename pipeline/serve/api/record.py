@@ -10,6 +10,8 @@ from pipeline.errors import RequestError
 from pipeline.serve.asking.request import ChatRequest
 from pipeline.serve.books.keys import Key
 from pipeline.serve.books.ledger import Generation
+from pipeline.serve.content.entry import Entry
+from pipeline.serve.content.log import wants_content
 from pipeline.serve.monitoring.spread import Spread
 from pipeline.serve.offer.price import NOTHING, Cost
 from pipeline.serve.replying.choices import Indexed, whole_usage
@@ -79,7 +81,9 @@ class Record:
         self._arrival = arrival
         self._request = request
         self._cache_source = cache_source
-        self._keeps_events = keeps_events
+        self.logs_content = wants_content(arrival.key, request)
+        """Whether its words are kept for longer than it takes to send them."""
+        self._keeps_events = keeps_events or self.logs_content
         self._first_s: float | None = None
         self._last_s = 0.0
         self._ends: list[Ended] = []
@@ -157,6 +161,12 @@ class Record:
             **self._times(),
             **self._labels(),
         )
+
+    def entry(self, generation: Generation, path: str) -> Entry:
+        """What the content log keeps of it, as things stand; the path is the request's."""
+        key = self._arrival.key
+        assert key is not None
+        return Entry(generation, key.hash, path, self._request, tuple(self.events), self.error)
 
     def _times(self) -> dict[str, Any]:
         now_s, begun_s, first_s = time.monotonic(), self._arrival.begun_s, self._first_s
