@@ -1,10 +1,12 @@
 """One request and its reply as the content log has them: the same of every dialect."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import RequestError
+from pipeline.chat import text_of
+from pipeline.errors import DataError, RequestError
 from pipeline.serve.asking.request import ChatRequest
 from pipeline.serve.books.ledger import Generation
 from pipeline.serve.replying.choices import Indexed
@@ -40,6 +42,8 @@ class Entry:
         """Lists and dicts of its own, so that whoever redacts it may change them."""
         generation, request = self.generation, self.request
         asked = request.model_dump(include=_ASKED, exclude_none=True, by_alias=True)
+        if "messages" in asked:
+            asked["messages"] = [_flat(message) for message in asked["messages"]]
         return {
             "id": generation.id,
             "key": self.key_hash,
@@ -59,6 +63,14 @@ class Entry:
             return None
         said = {"message": str(self.error), "type": self.error.error_type}
         return {**said, "status": self.error.status}
+
+
+def _flat(message: Line) -> Line:
+    """Parts of a text become that text; a server elsewhere may have been sent other parts."""
+    with contextlib.suppress(DataError):
+        if isinstance(message.get("content"), list):
+            return {**message, "content": text_of(message["content"])}
+    return message
 
 
 def _choice(events: Sequence[Indexed], wanted: int) -> Line:
