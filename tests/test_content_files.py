@@ -174,11 +174,12 @@ def test_a_redaction_is_a_function_of_the_current_directory(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     Path("of_mine.py").write_text("def hide(line):\n    return {'kept': line}\nnumber = 1\n")
-    Path("json.py").write_text("raise SystemError('this is no library')")
+    Path("colorsys.py").write_text("raise SystemError('this is no library')")
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     Path("broken.py").write_text("import nothing_of_the_kind")
 
     assert find_redaction("of_mine:hide")({"a": 1}) == {"kept": {"a": 1}}
-    assert find_redaction("json:dumps") is json.dumps
+    assert find_redaction("colorsys:rgb_to_hls")(0, 0, 0) == (0, 0, 0)
     for name, words in {
         "of_mine:nothing": "content.redact: of_mine has no function nothing",
         "of_mine:number": "content.redact: of_mine has no function number",
