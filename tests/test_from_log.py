@@ -182,6 +182,22 @@ def test_an_answer_that_two_conversations_go_on_from_is_learnt_once() -> None:
     assert found.num_answers == 3
 
 
+def test_an_answer_with_another_thought_is_learnt_beside_the_conversation_that_goes_on() -> None:
+    lines = [
+        line(user("a"), answer=answered("A", "about a")),
+        line(user("a"), answer=answered("A")),
+        line(user("a"), said("A"), user("b"), answer=answered("B")),
+    ]
+
+    found = find_lessons(lines)
+
+    assert [each["messages"][:2] for each in found.conversations] == [
+        [user("a"), said("A")],
+        [user("a"), said("A", reasoning_content="about a")],
+    ]
+    assert found.num_answers == 3
+
+
 def test_an_answer_that_was_begun_for_the_model_is_whole() -> None:
     found = find_lessons([line(user("count"), said("one, "), answer=answered("two"))])
 

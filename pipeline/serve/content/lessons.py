@@ -61,7 +61,8 @@ def find_lessons(lines: Iterable[Line]) -> Findings:
     gone_on = {mark for lesson in lessons for _, mark in _earlier(lesson)}
     taught: set[bytes] = set()
     for lesson in lessons:
-        if lesson.marks[-1] in gone_on:
+        mark = lesson.marks[-1]
+        if mark in gone_on and answers[mark] is lesson.answer:  # and no other thought's
             findings.left_out["gone on with"] += 1
             continue
         messages = list(lesson.messages)
