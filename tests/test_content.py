@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import shutil
 import threading
 import time
@@ -348,8 +349,10 @@ def test_content_that_was_not_kept_or_is_gone_is_not_there(house: House) -> None
 def test_an_id_in_somebodys_words_is_no_id(house: House) -> None:
     first = name_of(house.post())
     assert house.content(first).status == 200
-    later = logging_with(house, lambda line: line)  # whose file is looked into first
+    (file,) = house.folder.iterdir()
+    later = logging_with(house, lambda line: line)
     later.post(messages=[{"role": "user", "content": f'"id":"{first}"'}])
+    os.utime(file, (time.time() + 60,) * 2)  # so that the other's is looked into first
 
     assert later.content(first).json["data"]["input"]["messages"] == QUESTION
 

@@ -2,15 +2,14 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.chat import text_of
 from pipeline.errors import DataError, RequestError
 from pipeline.serve.asking.request import ChatRequest
 from pipeline.serve.books.ledger import Generation
-from pipeline.serve.replying.choices import Indexed
-from pipeline.serve.replying.events import Called, Ended, Said
+from pipeline.serve.replying.events import Called, Ended, Event
 
 Line = dict[str, Any]
 """An entry as JSON has it."""
@@ -24,6 +23,42 @@ _SETTINGS = {
 }
 
 
+@dataclass
+class Spoken:
+    """What a model has said in one choice, shown to the client or not.
+
+    Texts, not events: of those a stream has as many as tokens, and the garbage collector looks
+    at each of them again and again.
+    """
+
+    reasoning: list[str] = field(default_factory=list)
+    answer: list[str] = field(default_factory=list)
+    calls: list[Called] = field(default_factory=list)
+    end: Ended | None = None
+
+    def add(self, event: Event) -> None:
+        """What comes next."""
+        if isinstance(event, Ended):
+            self.end = event
+        elif isinstance(event, Called):
+            self.calls.append(event)
+        else:
+            (self.answer if event.channel == "answer" else self.reasoning).append(event.text)
+
+    def line(self) -> Line:
+        """Its finish is None if it broke off."""
+        calls = [{"name": each.call.name, "arguments": each.call.arguments} for each in self.calls]
+        end = self.end
+        return {
+            "reasoning": "".join(self.reasoning),
+            "content": "".join(self.answer),
+            "tool_calls": [{"type": "function", "function": call} for call in calls],
+            "finish_reason": end.finish if end else None,
+            "native_finish_reason": end.native_finish if end else None,
+            "stop": end.stop if end else None,
+        }
+
+
 @dataclass(frozen=True)
 class Entry:
     """What is known once a reply has been booked."""
@@ -34,8 +69,7 @@ class Entry:
     """That it was asked by: the dialect."""
     request: ChatRequest
     """With what a preset has put beneath it."""
-    events: Sequence[Indexed]
-    """All that came, shown to the client or not."""
+    choices: Sequence[Spoken]
     error: RequestError | None
 
     def line(self) -> Line:
@@ -53,7 +87,7 @@ class Entry:
             "dialect": self.path.strip("/").rpartition("v1/")[2],
             **asked,
             "settings": request.model_dump(include=_SETTINGS, exclude_none=True, by_alias=True),
-            "choices": [_choice(self.events, index) for index in range(request.n or 1)],
+            "choices": [choice.line() for choice in self.choices],
             "cancelled": generation.cancelled,
             "error": self._error(),
         }
@@ -71,29 +105,3 @@ def _flat(message: Line) -> Line:
         if isinstance(message.get("content"), list):
             return {**message, "content": text_of(message["content"])}
     return message
-
-
-def _choice(events: Sequence[Indexed], wanted: int) -> Line:
-    """The finish is None of one that broke off."""
-    said: dict[str, list[str]] = {"reasoning": [], "answer": []}
-    calls: list[Line] = []
-    end: Ended | None = None
-    for index, event in events:
-        if index != wanted:
-            continue
-        match event:
-            case Said(channel, text):
-                said[channel].append(text)
-            case Called(_, call):
-                function = {"name": call.name, "arguments": call.arguments}
-                calls.append({"type": "function", "function": function})
-            case Ended():
-                end = event
-    return {
-        "reasoning": "".join(said["reasoning"]),
-        "content": "".join(said["answer"]),
-        "tool_calls": calls,
-        "finish_reason": end.finish if end else None,
-        "native_finish_reason": end.native_finish if end else None,
-        "stop": end.stop if end else None,
-    }

@@ -15,6 +15,7 @@ from pipeline.serve.books.database import folder_beside
 from pipeline.serve.content.entry import Line
 
 MAX_FILE_BYTES = 64 * 2**20
+_BLOCK_BYTES = 2**20
 _FILES_IN_ALL = 8
 """At least so many hold what may be kept, so that little goes when the oldest does."""
 
@@ -58,8 +59,12 @@ class ContentFiles:
 
     def find(self, generation_id: str, created_ms: int) -> Line | None:
         """The entry of a generation; None if there is none."""
-        files = self.folder.glob(f"{day_of(created_ms)}.*.jsonl")
-        for file in sorted(files, key=_written_s, reverse=True):  # who asks has just been answered
+        files = [
+            (written_s * 1000 < created_ms, written_s, file)
+            for file in self.folder.glob(f"{day_of(created_ms)}.*.jsonl")
+            for written_s in [_written_s(file)]
+        ]
+        for _, _, file in sorted(files):  # the first that was written after it is likely to have it
             for line in _lines(file, generation_id.encode()):
                 if line.get("id") == generation_id:
                     return line
@@ -109,12 +114,23 @@ def day_of(created_ms: int) -> datetime.date:
 
 def _lines(file: Path, word: bytes = b"") -> Iterator[Line]:
     """Those with a word in them; one that was cut off when its process was killed is none."""
+    for text in _blocks(file):
+        if word in text:  # of a thousand blocks one or none, so lines are not looked at
+            for line in text.splitlines():
+                if word in line:
+                    yield orjson.loads(line)
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    """Its text in blocks of whole lines."""
+    rest = b""
     try:
         with file.open("rb") as opened:
-            for text in opened:
-                if word in text:
-                    with contextlib.suppress(orjson.JSONDecodeError):
-                        yield orjson.loads(text)
+            while text := opened.read(_BLOCK_BYTES):
+                text = rest + text
+                end = text.rfind(b"\n") + 1
+                rest = text[end:]
+                yield text[:end]
     except FileNotFoundError:  # swept away meanwhile
         return
 

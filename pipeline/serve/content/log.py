@@ -35,6 +35,7 @@ class ContentLog:
         self._redact = redact
         self._entries: queue.SimpleQueue[Entry | Future[None] | None] = queue.SimpleQueue()
         self._is_losing = False
+        self._searching = asyncio.Lock()  # through a day's files: one at a time keeps cores free
         self._writer = threading.Thread(target=self._write_all, name="content", daemon=True)
         self._writer.start()
 
@@ -50,7 +51,8 @@ class ContentLog:
         written: Future[None] = Future()
         self._entries.put(written)
         await asyncio.wrap_future(written)
-        return await asyncio.to_thread(self._files.find, generation.id, generation.created_ms)
+        async with self._searching:
+            return await asyncio.to_thread(self._files.find, generation.id, generation.created_ms)
 
     def close(self) -> None:
         """Write what is on its way and stop."""
