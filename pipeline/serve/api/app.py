@@ -20,6 +20,7 @@ from pipeline.serve.api.response_cache import ResponseCache
 from pipeline.serve.api.routes import Handler, PartHandler, Routes
 from pipeline.serve.books.keys import Key, Keys
 from pipeline.serve.books.ledger import Ledger
+from pipeline.serve.books.uses import OwnUses, Uses
 from pipeline.serve.content.log import ContentLog
 from pipeline.serve.monitoring.metrics import CONTENT_TYPE, Metrics
 from pipeline.serve.offer.catalog import Catalog
@@ -53,6 +54,8 @@ class App:
     """Where a model may be asked."""
     now_s: Callable[[], float] = time.time
     """Since the epoch: by it limits begin anew."""
+    uses: Uses | None = None
+    """What keys use of their limits; None counts it in this process."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, whatever happens."""
@@ -123,7 +126,7 @@ class App:
 
     @functools.cached_property
     def _limits(self) -> Limits:
-        return Limits(self.ledger, self.now_s)
+        return Limits(self.ledger, self.now_s, self.uses or OwnUses(self.ledger))
 
     def _of_keys(self) -> dict[str, dict[str, PartHandler]]:
         return {

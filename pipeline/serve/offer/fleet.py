@@ -67,8 +67,7 @@ class Fleet:
             await _close(running[key].engine for key in running.keys() - self._running.keys())
             raise
         for entry, setup in wanted:
-            door = running[setup.key].door
-            door.max_inside, door.slots = entry.max_inside(setup), setup.slots
+            running[setup.key].door.resize(entry.max_inside(setup), setup.slots)
         unused = self._running.keys() - running.keys()
         self._unused += [self._running[key].engine for key in unused]
         self._running = running

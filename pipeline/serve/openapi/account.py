@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import Field
 
+from pipeline.serve.books.allowance import Priority
 from pipeline.serve.openapi.shape import Shape
 
 
@@ -80,6 +81,7 @@ class ManagedKey(Use):
     requests_per_minute: int | None
     tokens_per_minute: int | None
     streams: int | None
+    priority: Priority | None
     """Requests at the same time."""
     models: list[str] | None
     """The only ones that it may ask."""
