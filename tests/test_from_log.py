@@ -348,7 +348,12 @@ def test_a_log_without_a_lesson_makes_no_file(workplace: Path, pipeline: Pipelin
     there = pipeline("data", "from-log", "log", "--out", "there.jsonl")
     unwritable = pipeline("data", "from-log", "log", "--out", "no/folder.jsonl")
 
-    assert [said.code for said in (nothing, cancelled, there, unwritable)] == [2] * 4
+    Path("other").mkdir()
+    Path("other", "notes.jsonl").write_text("my notes\n")
+    notes = pipeline("data", "from-log", "other", "--out", "out.jsonl")
+
+    assert [said.code for said in (nothing, cancelled, there, unwritable, notes)] == [2] * 5
+    assert notes.err.startswith("error: other/notes.jsonl is no file of a content log (")
     assert nothing.err == (
         "error: log has nothing to learn from: keys made with --log-content have their replies "
         "there\n"

@@ -11,6 +11,7 @@ from uuid import uuid4
 import orjson
 from sqlalchemy.engine import URL
 
+from pipeline.errors import DataError
 from pipeline.serve.books.database import folder_beside
 from pipeline.serve.content.entry import Line
 
@@ -62,7 +63,7 @@ class ContentFiles:
         files = [
             (written_s * 1000 < created_ms, written_s, file)
             for file in self.folder.glob(f"{day_of(created_ms)}.*.jsonl")
-            for written_s in [_written_s(file)]
+            for written_s, _ in [_state(file)]
         ]
         for _, _, file in sorted(files):  # the first that was written after it is likely to have it
             for line in _lines(file, generation_id.encode()):
@@ -74,12 +75,11 @@ class ContentFiles:
         """Delete what is too old, and the oldest of what is too much; how many files it was."""
         last = day_of(int(self._now_s() * 1000)) - datetime.timedelta(days=self._keep_days)
         files = sorted(
-            self.folder.glob("*.jsonl"), key=lambda file: (file.name[:10], _written_s(file))
+            (file.name[:10], *_state(file), file) for file in self.folder.glob("*.jsonl")
         )
-        sizes = {file: _num_bytes(file) for file in files}
-        total, num_deleted = sum(sizes.values()), 0
-        for file, num_bytes in sizes.items():
-            if total <= self._max_bytes and file.name[:10] >= last.isoformat():
+        total, num_deleted = sum(num_bytes for _, _, num_bytes, _ in files), 0
+        for day, _, num_bytes, file in files:
+            if total <= self._max_bytes and day >= last.isoformat():
                 break
             with contextlib.suppress(FileNotFoundError):  # another process was quicker
                 file.unlink()
@@ -90,7 +90,7 @@ class ContentFiles:
     def _file_for(self, day: datetime.date, num_bytes: int) -> tuple[Path, bool]:
         """Where it goes, and whether that is not there yet."""
         number = self._numbers.setdefault(day, 0)
-        size = _num_bytes(self._path(day, number))
+        _, size = _state(self._path(day, number))
         if size and size + num_bytes > self._max_file_bytes:
             self._numbers[day] = number + 1
             size = 0
@@ -101,10 +101,14 @@ class ContentFiles:
 
 
 def read_lines(folder: Path, since: datetime.date | None = None) -> Iterator[Line]:
-    """Every entry, a day after the other."""
+    """Every entry, a day after the other; DataError for a file of something else."""
     for file in sorted(folder.glob("*.jsonl")):
         if since is None or file.name[:10] >= since.isoformat():
-            yield from _lines(file)
+            try:
+                yield from _lines(file)
+            except orjson.JSONDecodeError as error:
+                what = f"{file} is no file of a content log ({error}); name the log's folder"
+                raise DataError(what) from error
 
 
 def day_of(created_ms: int) -> datetime.date:
@@ -146,9 +150,10 @@ def _write_whole(descriptor: int, line: bytes) -> None:
         raise
 
 
-def _num_bytes(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
-
-
-def _written_s(file: Path) -> float:
-    return file.stat().st_mtime if file.exists() else 0.0
+def _state(file: Path) -> tuple[float, int]:
+    """When it was last written, and its size; zeros if another process has swept it away."""
+    try:
+        found = file.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return 0.0, 0
+    return found.st_mtime, found.st_size
