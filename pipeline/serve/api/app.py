@@ -22,7 +22,8 @@ from pipeline.serve.books.keys import Key, Keys
 from pipeline.serve.books.ledger import Ledger
 from pipeline.serve.books.uses import OwnUses, Uses
 from pipeline.serve.content.log import ContentLog
-from pipeline.serve.monitoring.metrics import CONTENT_TYPE, Metrics
+from pipeline.serve.monitoring.metrics import CONTENT_TYPE, Metrics, of_processes
+from pipeline.serve.monitoring.pages import Pages
 from pipeline.serve.offer.catalog import Catalog
 from pipeline.serve.openapi.description import Description
 from pipeline.serve.routing.endpoints import Endpoints
@@ -82,6 +83,8 @@ class App:
     content_log: ContentLog | None = None
     """None keeps no word, whatever a key says."""
     metrics: Metrics = field(default_factory=Metrics)
+    pages: Pages | None = None
+    """Of the other processes of this server; None is that there are none."""
 
     async def close(self) -> None:
         """Let go of connections to servers elsewhere; the engines are their owner's."""
@@ -198,6 +201,8 @@ class App:
         if not exchange.is_local:
             await self._admit(exchange)
         page = await self.metrics.page(self.catalog, self.ledger)
+        if self.pages:
+            page = of_processes({self.pages.process: page.decode(), **self.pages.others})
         await exchange.begin(200, CONTENT_TYPE, {"content-length": str(len(page))})
         await exchange.write(page, more=False)
 
