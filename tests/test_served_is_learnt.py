@@ -40,10 +40,15 @@ def ask(server: Server, name: str, *, stream: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.node
+@pytest.mark.parametrize("workers", [1, 2])
 def test_what_golden_has_answered_is_learnt_as_the_rows_that_taught_it(
-    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline: Pipeline
+    golden: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pipeline: Pipeline,
+    workers: int,
 ) -> None:
-    with run_server(golden, tmp_path / "books.sqlite") as silent:
+    with run_server(golden, tmp_path / "books.sqlite", "--workers", str(workers)) as silent:
         with open_books(str(tmp_path / "books.sqlite")) as books:
             key = Keys(books).create("team", {"log_content": True})
         server = Server(silent.url, key, silent.model)
