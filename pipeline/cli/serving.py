@@ -121,14 +121,14 @@ def serve(  # noqa: PLR0913 - each is an option
 
 
 @commands.command(hidden=True)
-def worker(listener: int, line: int) -> None:
-    """What --workers starts, with the numbers of two sockets that it inherits."""
+def worker(line: int) -> None:
+    """What --workers starts, with the number of a socket that it inherits."""
     import socket
 
     from pipeline.serve.worker import work
 
-    with socket.socket(fileno=listener) as inherited, socket.socket(fileno=line) as to_parent:
-        work(inherited, to_parent)
+    with socket.socket(fileno=line) as to_parent:
+        work(to_parent)
 
 
 @commands.command()

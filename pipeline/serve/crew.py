@@ -45,6 +45,7 @@ class Post:
     number: int
     path: Path
     settings: Settings
+    port: int
     folder: Path
     """Where the engines are found, and pages of metrics."""
 
@@ -57,10 +58,10 @@ class Crew:
     """The process that starts the engines, and the workers that answer over them."""
 
     def __init__(self, path: Path, settings: Settings, listener: socket.socket) -> None:
-        """The workers share the listener; a connection goes to whoever takes it first."""
+        """The listener is one of `share`, whose port the workers join."""
         self._path = path
         self._settings = settings
-        self._listener = listener
+        self._port = listener.getsockname()[1]
         self._catalog = Catalog([])
         self._workers: list[_Worker] = []
         self._metrics = Metrics()
@@ -76,15 +77,14 @@ class Crew:
                 await offering.begin()
                 closing.push_async_callback(self._end)
                 posts = [
-                    Post(number, self._path, self._settings, folder)
+                    Post(number, self._path, self._settings, self._port, folder)
                     for number in range(self._settings.workers)
                 ]
                 await self._start(posts)
                 on_signals(functools.partial(self._stop, fleet))
-                port = self._listener.getsockname()[1]
                 pages = Pages(folder, "engines").keep(self._page)
                 async with (
-                    obeying(port, offering.reload),
+                    obeying(self._port, offering.reload),
                     doing(offering.watch()),
                     doing(pages),
                 ):
@@ -98,9 +98,7 @@ class Crew:
     async def _start(self, posts: Sequence[Post]) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                starting = [
-                    group.create_task(_Worker.start(post, self._listener)) for post in posts
-                ]
+                starting = [group.create_task(_Worker.start(post)) for post in posts]
         except* PipelineError as errors:
             raise errors.exceptions[0] from None
         self._workers = [task.result() for task in starting]
@@ -127,7 +125,7 @@ class Crew:
             num_failures = 0 if is_calm else num_failures + 1
             await asyncio.sleep(backoff_s(num_failures))
             with contextlib.suppress(PipelineError):  # it is dead again, which is seen above
-                self._workers[number] = await self._workers[number].succeed(self._listener)
+                self._workers[number] = await self._workers[number].succeed()
 
     def _stop(self, fleet: Fleet) -> None:
         """The second time, running replies are dropped."""
@@ -158,15 +156,15 @@ class _Worker:
         self._listening: asyncio.Task[None]
 
     @classmethod
-    async def start(cls, post: Post, listener: socket.socket) -> "_Worker":
+    async def start(cls, post: Post) -> "_Worker":
         """PipelineError if it does not come to answer."""
         ours, theirs = socket.socketpair()
         with theirs:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "pipeline", "worker"),
-                *(str(listener.fileno()), str(theirs.fileno())),
+                str(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=[listener.fileno(), theirs.fileno()],
+                pass_fds=[theirs.fileno()],
                 # Ctrl-C in a terminal reaches a whole group; we decide when a worker ends.
                 start_new_session=True,
                 env={**os.environ, "PYTHONPATH": _python_path()},
@@ -190,10 +188,10 @@ class _Worker:
         """As far as is known."""
         return self._process.returncode is None
 
-    async def succeed(self, listener: socket.socket) -> "_Worker":
+    async def succeed(self) -> "_Worker":
         """Another in its place."""
         await self.end()
-        return await self.start(self._post, listener)
+        return await self.start(self._post)
 
     async def wait(self) -> None:
         """Until it has ended."""

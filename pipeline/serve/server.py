@@ -20,6 +20,7 @@ from pipeline.serve.content.log import open_content_log
 from pipeline.serve.control import obeying
 from pipeline.serve.crew import Crew
 from pipeline.serve.gateway import Gateway, Running, doing
+from pipeline.serve.listening import listen, share, url_of
 from pipeline.serve.offer.catalog import Served
 from pipeline.serve.offer.entries import read_entries
 from pipeline.serve.offer.fleet import Fleet
@@ -44,9 +45,10 @@ def serve(path: Path, settings: Settings, ready: Ready) -> None:
     not the model as trained.
     """
     menu = check(path, settings)
+    take_port = listen if settings.workers == 1 else share
     port = next((port for port in (settings.port, menu.port) if port is not None), PORT)
     with (
-        _listen(settings.host, port) as listener,
+        take_port(settings.host, port) as listener,
         opened(path, settings, menu) as gateway,
         # Half of asyncio's own time for every event of a stream.
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
@@ -87,9 +89,7 @@ async def _alone(listener: socket.socket, ready: Ready, running: Running) -> Asy
 def _tell(
     listener: socket.socket, keys: Keys | None, models: Sequence[Served], ready: Ready
 ) -> None:
-    host, port = listener.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/api/v1"
-    ready(url, first_key(keys) if keys else None, models)
+    ready(url_of(listener), first_key(keys) if keys else None, models)
 
 
 def check(path: Path, settings: Settings) -> Menu:
@@ -116,23 +116,3 @@ def _is_loopback(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
-
-
-@contextlib.contextmanager
-def _listen(host: str, port: int) -> Iterator[socket.socket]:
-    """Take the port first: a model is not loaded for a port that is not free.
-
-    A port is only taken by listening; two may bind it. A connection waits until we are ready.
-    """
-    # asyncio switches Nagle's delay off only where the protocol is named: 40 ms of every response.
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-            listener.listen()
-        except (OSError, OverflowError) as error:
-            raise PipelineError(
-                f"cannot listen on {host}:{port}: {error}; choose another port or host"
-            ) from error
-        yield listener

@@ -15,17 +15,19 @@ import uvloop
 from pipeline.errors import PipelineError
 from pipeline.serve.crew import Post
 from pipeline.serve.gateway import Gateway, Running, doing
+from pipeline.serve.listening import join
 from pipeline.serve.monitoring.pages import Pages
 from pipeline.serve.offer.engines import join_engine
 from pipeline.serve.offer.fleet import Fleet
 from pipeline.serve.server import check, opened
 
 
-def work(listener: socket.socket, line: socket.socket) -> None:
+def work(line: socket.socket) -> None:
     """Answer until a signal comes, or the line to the parent breaks."""
     post = _read_post(line)
     menu = check(post.path, post.settings)
     with (
+        join(post.settings.host, post.port) as listener,
         opened(post.path, post.settings, menu) as gateway,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
@@ -46,8 +48,8 @@ async def _serve(
 ) -> None:
     reader, writer = await asyncio.open_unix_connection(sock=line)
     pages = Pages(post.folder, f"worker-{post.number}")
-    join = functools.partial(join_engine, links=post.folder)
-    fleet = Fleet(join, post.settings.workers)
+    start = functools.partial(join_engine, links=post.folder)
+    fleet = Fleet(start, post.settings.workers)
 
     @contextlib.asynccontextmanager
     async def alongside(running: Running) -> AsyncIterator[None]:
