@@ -8,7 +8,6 @@ from pipeline.serve.books.keys import Key
 from pipeline.serve.books.ledger import DailyUse, Generation
 from pipeline.serve.books.spending import Spent
 from pipeline.serve.offer.price import usd_number
-from pipeline.serve.schema.common import PROVIDER
 
 WORKSPACE = "default"
 """Clients want to know in which one a key is."""
@@ -172,17 +171,18 @@ def _absent() -> dict[str, None]:
 
 
 def activity_body(uses: Sequence[DailyUse]) -> dict[str, Any]:
-    """GET /activity: an item for each day and model."""
+    """GET /activity: an item for each day and place."""
     return {"data": [_activity_item(use) for use in uses]}
 
 
-def _activity_item(use: DailyUse) -> dict[str, Any]:
+def _activity_item(daily: DailyUse) -> dict[str, Any]:
+    use = daily.use
     return {
-        "date": use.day.isoformat(),
-        "model": use.model,
-        "model_permaslug": use.model,
-        "endpoint_id": use.model,
-        "provider_name": PROVIDER,
+        "date": daily.day.isoformat(),
+        "model": daily.model,
+        "model_permaslug": daily.model,
+        "endpoint_id": daily.model,
+        "provider_name": daily.provider,
         "usage": usd_number(use.cost_picodollars),
         "byok_usage_inference": 0,
         "requests": use.requests,

@@ -1,0 +1,64 @@
+"""Generations that are forgotten: their rows go, and what they come to stays exact."""
+
+import datetime
+import logging
+import time
+
+from sqlalchemy import Engine, delete, func, insert, select
+from sqlalchemy.exc import SQLAlchemyError
+
+from pipeline.errors import BooksError
+from pipeline.serve.books import tables
+from pipeline.serve.books.database import one_state, shown, why
+from pipeline.serve.books.pending import bring_in, pending_folder
+from pipeline.serve.books.uses import DAY_MS, EPOCH, sums_of_generations
+
+log = logging.getLogger(__name__)
+
+_AT_ONCE = 5000
+_PAUSE_S = 0.1
+"""Between two batches, in which whoever waits to write has its turn."""
+
+
+def forget(books: Engine, before: datetime.date) -> int:
+    """Make sums by day, key, model and provider of all rows of earlier days; how many they were.
+
+    BooksError if the books cannot be written: what was done until then is done.
+    """
+    if before > datetime.datetime.now(datetime.UTC).date():
+        raise BooksError(f"{before} has not come yet by UTC; only days that are over are forgotten")
+    before_ms, num_forgotten = (before - EPOCH).days * DAY_MS, 0
+    try:
+        # First: a row that is booked and lies in a dead server's file, too, would come back later.
+        bring_in(books, pending_folder(books.url))
+        while (last_ms := _end_of_batch(books, before_ms)) is not None:
+            num_forgotten += _forget_batch(books, last_ms)
+            time.sleep(_PAUSE_S)
+    except SQLAlchemyError as error:
+        raise BooksError(
+            f"{shown(books.url)} could not be written: {why(error)}; {num_forgotten} generations "
+            "are forgotten, and the rest can be with the same command"
+        ) from error
+    return num_forgotten
+
+
+def _end_of_batch(books: Engine, before_ms: int) -> int | None:
+    """The time of the last row that the oldest ones are forgotten with; None if there is no row."""
+    time_ms = tables.generations.c.created_ms
+    oldest = select(time_ms).where(time_ms < before_ms).order_by(time_ms).limit(_AT_ONCE).subquery()
+    with books.connect() as connection:
+        last_ms: int | None = connection.scalar(select(func.max(oldest.c.created_ms)))
+    return last_ms
+
+
+def _forget_batch(books: Engine, last_ms: int) -> int:
+    """In one transaction, whose statements see the same rows; sums in the order of their table."""
+    row, sums = tables.generations.c, tables.daily_sums
+    groups = [(row.created_ms // DAY_MS).label("day"), row.key_id, row.model, row.provider]
+    counted = [*groups, *sums_of_generations(), func.max(row.created_ms).label("last_ms")]
+    summed = select(*counted).where(row.created_ms <= last_ms).group_by(*groups)
+    with one_state(books) as connection:
+        connection.execute(insert(sums).from_select(list(sums.c), summed))
+        gone = connection.execute(delete(tables.generations).where(row.created_ms <= last_ms))
+        connection.commit()
+    return gone.rowcount
