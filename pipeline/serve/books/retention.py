@@ -10,11 +10,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from pipeline.errors import BooksError
 from pipeline.serve.books import tables
 from pipeline.serve.books.database import one_state, shown, why
-from pipeline.serve.books.pending import bring_in, pending_folder
+from pipeline.serve.books.pending import bring_in, pending_folder, read_waiting
 from pipeline.serve.books.uses import DAY_MS, EPOCH, sums_of_generations
 
 log = logging.getLogger(__name__)
 
+LATER = "try again in a moment"
 _AT_ONCE = 5000
 _PAUSE_S = 0.1
 """Between two batches, in which whoever waits to write has its turn."""
@@ -23,22 +24,26 @@ _PAUSE_S = 0.1
 def forget(books: Engine, before: datetime.date) -> int:
     """Make sums by day, key, model and provider of all rows of earlier days; how many they were.
 
-    BooksError if the books cannot be written: what was done until then is done.
+    BooksError while the books cannot be written: what was done until then is done.
     """
     if before > datetime.datetime.now(datetime.UTC).date():
         raise BooksError(f"{before} has not come yet by UTC; only days that are over are forgotten")
     before_ms, num_forgotten = (before - EPOCH).days * DAY_MS, 0
+    folder = pending_folder(books.url)
     try:
-        # First: a row that is booked and lies in a dead server's file, too, would come back later.
-        bring_in(books, pending_folder(books.url))
+        # A row that is booked and lies in a file, too, would be counted again later.
+        bring_in(books, folder)
+        if num_waiting := len(read_waiting(folder)):
+            raise BooksError(
+                f"{num_waiting} replies of a running server wait to be booked; {LATER}"
+            )
         while (last_ms := _end_of_batch(books, before_ms)) is not None:
             num_forgotten += _forget_batch(books, last_ms)
             time.sleep(_PAUSE_S)
     except SQLAlchemyError as error:
-        raise BooksError(
-            f"{shown(books.url)} could not be written: {why(error)}; {num_forgotten} generations "
-            "are forgotten, and the rest can be with the same command"
-        ) from error
+        done = f"{num_forgotten} generations are forgotten"
+        what = f"{shown(books.url)} could not be written: {why(error)}; {done}, {LATER}"
+        raise BooksError(what) from error
     return num_forgotten
 
 
