@@ -24,6 +24,7 @@ from pipeline.serve.monitoring.metrics import CONTENT_TYPE, Metrics
 from pipeline.serve.offer.catalog import Catalog
 from pipeline.serve.openapi.description import Description
 from pipeline.serve.routing.endpoints import Endpoints
+from pipeline.serve.routing.measuring import Measuring
 from pipeline.serve.schema.reply import USUAL, ChatStyle
 from pipeline.serve.skins.chat import Chat
 from pipeline.serve.skins.completions import Completions
@@ -48,8 +49,6 @@ class App:
     """None lets everybody in."""
     ledger: Ledger | None = None
     keep_alive_s: float = KEEP_ALIVE_S
-    endpoints_of: Endpoints = field(default_factory=Endpoints)
-    """Where a model may be asked."""
     now_s: Callable[[], float] = time.time
     """Since the epoch: by it limits begin anew."""
 
@@ -77,13 +76,18 @@ class App:
     cache: ResponseCache = field(default_factory=ResponseCache)
     metrics: Metrics = field(default_factory=Metrics)
 
+    @functools.cached_property
+    def endpoints_of(self) -> Endpoints:
+        """Where a model may be asked."""
+        return Endpoints(Measuring(self.ledger, self.now_s))
+
     async def close(self) -> None:
         """Let go of connections to servers elsewhere; the engines are their owner's."""
         await self.endpoints_of.close()
 
     @functools.cached_property
     def _routes(self) -> Routes:
-        models = Models(self.catalog, self.endpoints_of)
+        models = Models(self.catalog, self.endpoints_of, self._is_known)
         account = Account(self.ledger, self._limits)
         description = Description(lambda: self._routes)
         of_server: dict[str, tuple[str, Handler]] = {
@@ -193,6 +197,13 @@ class App:
         page = await self.metrics.page(self.catalog, self.ledger)
         await exchange.begin(200, CONTENT_TYPE, {"content-length": str(len(page))})
         await exchange.write(page, more=False)
+
+    async def _is_known(self, exchange: Exchange) -> bool:
+        """Whether a request that needs no key has come with one, if there are keys."""
+        with contextlib.suppress(RequestError):
+            await self._admit(exchange)
+            return True
+        return False
 
     async def _admit(self, exchange: Exchange) -> Key | None:
         """Whose request it is; RequestError 401 for one that must not be answered."""

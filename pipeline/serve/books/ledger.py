@@ -17,6 +17,7 @@ from pipeline.errors import BooksError
 from pipeline.serve.books import tables
 from pipeline.serve.books.database import OTHERS, one_state, shown, why
 from pipeline.serve.books.journal import Journal
+from pipeline.serve.books.measured import Measured, read_measured
 from pipeline.serve.books.pending import JOURNAL, SPOOL, bring_in, not_booked, pending_folder
 from pipeline.serve.books.spending import NEVER_MS, Spent, read_cost, read_spent
 from pipeline.serve.books.spool import Row, Spool
@@ -163,6 +164,10 @@ class Ledger:
         return await self._read(
             lambda books, waiting: read_cost(books, waiting, key_id, begin_ms, end_ms)
         )
+
+    async def measured(self, model: str, provider: str, now_ms: int) -> Measured:
+        """How a model was answered by somebody lately; rows that wait to be booked do not count."""
+        return await self._read(lambda books, _: read_measured(books, model, provider, now_ms))
 
     def close(self) -> None:
         """Write what is on its way and stop."""
