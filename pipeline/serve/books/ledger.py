@@ -39,7 +39,7 @@ class Generation:
     model: str
     """The slug that answered."""
     artefact_hash: str | None
-    """sha256 of the weights that answered, where they lie here."""
+    """sha256 of the weights that answered, where they lie here and it was written down."""
     engine: str
     created_ms: int
     """Since the epoch."""

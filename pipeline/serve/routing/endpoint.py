@@ -97,6 +97,11 @@ class Endpoint(Protocol):
         ...
 
     @property
+    def artefact_hash(self) -> str | None:
+        """sha256 of the weights there, if that is known."""
+        ...
+
+    @property
     def measured(self) -> Measured:
         """How it has answered lately, as far as that is known without waiting."""
         ...
@@ -139,6 +144,11 @@ class Own:
     def parameters(self) -> frozenset[str]:
         """What the dialogue does, and what the engine does."""
         return frozenset(supported_parameters(self.served.engine.capabilities))
+
+    @property
+    def artefact_hash(self) -> str | None:
+        """Of the weights that answer."""
+        return self.served.artefact_hash
 
     @property
     def measured(self) -> Measured:

@@ -27,6 +27,7 @@ class Away:
     quantization: str | None = None
     keeps_nothing: bool = False
     """Nobody here can know."""
+    artefact_hash: str | None = None
     parameters: frozenset[str] = SUPPORTED
     door: Door = field(default_factory=Door)
     """It turns away by itself whom it has no room for."""
