@@ -92,7 +92,7 @@ def served(chat: Chat, **model: object) -> list[Served]:
 def test_models_have_the_hashes_of_their_weights_and_adapters(chat: Chat, run: Run) -> None:
     lora = run.exports / "mine-lora.gguf"
     lora.write_text("lora")
-    ours = {"run": str(run.folder), "adapters": {"me/tuned": str(lora)}}
+    ours = {"run": str(run.folder), "engine": "llamacpp", "adapters": {"me/tuned": str(lora)}}
     weights, without = served(chat, **ours)
     run.record("export", {}, [run.exports])
     _, tuned = served(chat, **ours)
@@ -104,7 +104,7 @@ def test_models_have_the_hashes_of_their_weights_and_adapters(chat: Chat, run: R
 
 
 def test_the_books_say_which_weights_answered(chat: Chat, run: Run, tmp_path: Path) -> None:
-    [model] = served(chat, run=str(run.folder))
+    [model] = served(chat, run=str(run.folder), engine="llamacpp")
     body = json.dumps({"messages": [{"role": "user", "content": "hi"}]}).encode()
     with open_books(str(tmp_path)) as books, closing(Ledger(books)) as ledger:
         app = App(Catalog([model]), None, ledger)

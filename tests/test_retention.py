@@ -2,8 +2,14 @@
 
 import asyncio
 import datetime
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +23,7 @@ from pipeline.serve.books.database import one_state, open_books
 from pipeline.serve.books.keys import Keys
 from pipeline.serve.books.ledger import Ledger, open_ledger
 from pipeline.serve.books.retention import forget
-from pipeline.serve.books.uses import Scope, read_uses
+from pipeline.serve.books.uses import DAY_MS, Scope, read_uses
 
 TODAY = datetime.date(2026, 4, 2)  # a Thursday
 ALL_SORTS = ("day", "key", "model", "provider")
@@ -176,3 +182,49 @@ def test_books_that_are_in_use_are_told_and_days_to_come_are_refused(
     with pytest.raises(BooksError, match="has not come yet"):
         forget(books, datetime.date(9999, 1, 1))
     assert count(books, tables.generations) == 120
+
+
+def test_what_is_old_is_forgotten_now_and_every_hour(
+    books: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(retention, "EVERY_S", 0.01)
+    now_ms = int(datetime.datetime.now(datetime.UTC).timestamp() * 1000)
+
+    def book(number: int, days: int) -> None:
+        with closing(Ledger(books)) as ledger:
+            row = generation(number, created_ms=now_ms - days * DAY_MS)
+            asyncio.run(ledger.record(row))
+
+    async def until_left(num_rows: int) -> None:
+        keeping = asyncio.create_task(retention.keep_days(books, 2))
+        while count(books, tables.generations) != num_rows:
+            await asyncio.sleep(0.01)
+        with books.begin() as connection:
+            connection.exec_driver_sql("ALTER TABLE generations RENAME TO hidden")
+        while "is not forgotten" not in caplog.text:
+            await asyncio.sleep(0.01)
+        keeping.cancel()
+
+    for number, days in enumerate((0, 1, 2, 3, 4)):
+        book(number, days)
+    asyncio.run(until_left(3))
+    asyncio.run(retention.keep_days(books, None))
+
+
+@pytest.mark.slow
+def test_a_server_forgets_what_its_file_says(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "serve.yaml").write_text(
+        f"keep_days: 3\nbooks: {tmp_path}\nport: 0\n"
+        f"models: [{{slug: me/base, checkpoint: {tiny_base}, engine: llamacpp}}]\n"
+    )
+    with open_books(str(tmp_path)) as books:
+        with closing(Ledger(books)) as ledger:
+            asyncio.run(ledger.record(generation()))
+        command = [sys.executable, "-m", "pipeline", "serve", "serve.yaml"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        with subprocess.Popen(command, cwd=tmp_path, env=environment) as process:
+            while count(books, tables.generations) and process.poll() is None:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+        assert process.returncode == 0
+        assert (count(books, tables.generations), count(books, tables.daily_sums)) == (0, 1)

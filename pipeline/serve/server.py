@@ -20,6 +20,7 @@ from pipeline.serve.api.app import App
 from pipeline.serve.books.database import open_books
 from pipeline.serve.books.keys import Keys, first_key
 from pipeline.serve.books.ledger import Ledger, open_ledger
+from pipeline.serve.books.retention import keep_days
 from pipeline.serve.control import obeying
 from pipeline.serve.offer.catalog import Catalog, Served
 from pipeline.serve.offer.entries import read_entries
@@ -58,7 +59,8 @@ def serve(path: Path, settings: Settings, ready: Ready) -> None:
     ):
         style = ChatStyle(menu.usage_chunk, has_reasoning_content=settings.is_provider)
         keys = _who_may_ask(Keys(books), settings)
-        serving = _Serving(path, settings, keys, ledger, style)
+        keeping = functools.partial(keep_days, books, menu.keep_days)
+        serving = _Serving(path, settings, keys, ledger, style, keeping)
         runner.run(serving.run(listener, ready))
 
 
@@ -98,6 +100,8 @@ class _Serving:
     """None lets everybody in."""
     ledger: Ledger
     style: ChatStyle
+    keeping: Callable[[], Coroutine[Any, Any, None]]
+    """Forgets what is old, for ever."""
 
     async def run(self, listener: socket.socket, ready: Ready) -> None:
         """Until a signal comes; while the engines start, it stops that."""
@@ -125,7 +129,11 @@ class _Serving:
                 await offering.begin()
                 stop = _Stop(server, catalog, fleet, self.settings.grace_s)
                 _on_signals(stop.begin)
-                async with obeying(port, offering.reload), _alongside(offering.watch()):
+                async with (
+                    obeying(port, offering.reload),
+                    _alongside(offering.watch()),
+                    _alongside(self.keeping()),
+                ):
                     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/api/v1"
                     key = first_key(self.keys) if self.keys else None
                     ready(url, key, catalog.models)

@@ -1,8 +1,10 @@
 """Generations that are forgotten: their rows go, and what they come to stays exact."""
 
+import asyncio
 import datetime
 import logging
 import time
+from collections.abc import Iterator
 
 from sqlalchemy import Engine, delete, func, insert, select
 from sqlalchemy.exc import SQLAlchemyError
@@ -15,6 +17,7 @@ from pipeline.serve.books.uses import DAY_MS, EPOCH, sums_of_generations
 
 log = logging.getLogger(__name__)
 
+EVERY_S = 60 * 60
 LATER = "try again in a moment"
 _AT_ONCE = 5000
 _PAUSE_S = 0.1
@@ -26,7 +29,28 @@ def forget(books: Engine, before: datetime.date) -> int:
 
     BooksError while the books cannot be written: what was done until then is done.
     """
-    if before > datetime.datetime.now(datetime.UTC).date():
+    return sum(_batches(books, before))
+
+
+async def keep_days(books: Engine, num_days: int | None) -> None:
+    """Forget what is older, every hour, for ever; None keeps everything."""
+    while num_days is not None:
+        before = _today() - datetime.timedelta(days=num_days)
+        try:
+            # One by one: whoever ends this waits for no more than a batch.
+            batches, num_forgotten = _batches(books, before), 0
+            while (num := await asyncio.to_thread(next, batches, None)) is not None:
+                num_forgotten += num
+        except BooksError as error:
+            log.warning("what is older than %d days is not forgotten: %s", num_days, error)
+        else:
+            log.info("%d generations before %s are forgotten", num_forgotten, before)
+        await asyncio.sleep(EVERY_S)
+
+
+def _batches(books: Engine, before: datetime.date) -> Iterator[int]:
+    """Does it bit by bit: how many rows each was."""
+    if before > _today():
         raise BooksError(f"{before} has not come yet by UTC; only days that are over are forgotten")
     before_ms, num_forgotten = (before - EPOCH).days * DAY_MS, 0
     folder = pending_folder(books.url)
@@ -38,13 +62,18 @@ def forget(books: Engine, before: datetime.date) -> int:
                 f"{num_waiting} replies of a running server wait to be booked; {LATER}"
             )
         while (last_ms := _end_of_batch(books, before_ms)) is not None:
-            num_forgotten += _forget_batch(books, last_ms)
+            num = _forget_batch(books, last_ms)
+            num_forgotten += num
+            yield num
             time.sleep(_PAUSE_S)
     except SQLAlchemyError as error:
         done = f"{num_forgotten} generations are forgotten"
         what = f"{shown(books.url)} could not be written: {why(error)}; {done}, {LATER}"
         raise BooksError(what) from error
-    return num_forgotten
+
+
+def _today() -> datetime.date:
+    return datetime.datetime.now(datetime.UTC).date()
 
 
 def _end_of_batch(books: Engine, before_ms: int) -> int | None:

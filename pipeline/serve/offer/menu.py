@@ -239,6 +239,9 @@ class Menu(Section):
     """By default 8000; 0 is any free one."""
     books: str | None = None
     """Of keys and generations: a file, a folder or a database URL."""
+    keep_days: PositiveInt | None = None
+    """After so many days a generation is forgotten, and what each key has used of each model a day
+    is kept; by default nothing is."""
     usage_chunk: UsageChunk = "empty"
     """How a stream of chat/completions tells its usage: without choices, as documented; or with
     the last choice's end once more, for clients that look into the first choice of every chunk."""
