@@ -23,7 +23,7 @@ from pipeline.serve.books.database import one_state, open_books
 from pipeline.serve.books.keys import Keys
 from pipeline.serve.books.ledger import Ledger, open_ledger
 from pipeline.serve.books.retention import forget
-from pipeline.serve.books.uses import DAY_MS, Scope, read_uses
+from pipeline.serve.books.sums import DAY_MS, Scope, read_sums
 
 TODAY = datetime.date(2026, 4, 2)  # a Thursday
 ALL_SORTS = ("day", "key", "model", "provider")
@@ -78,8 +78,8 @@ def told(books: Engine, ledger: Ledger) -> dict[str, Any]:
         }
 
     with one_state(books) as connection:
-        uses = read_uses(connection, [], ALL_SORTS, Scope())
-    return asyncio.run(ask()) | {"uses": uses}
+        found = read_sums(connection, [], ALL_SORTS, Scope())
+    return asyncio.run(ask()) | {"found": found}
 
 
 def count(books: Engine, table: Any) -> int:

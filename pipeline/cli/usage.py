@@ -38,7 +38,7 @@ def usage(
     from pipeline.errors import BooksError
     from pipeline.serve.books.database import open_books
     from pipeline.serve.books.report import parse_by, parse_day, read_report
-    from pipeline.serve.books.uses import Scope
+    from pipeline.serve.books.sums import Scope
 
     words = parse_by(by)
     first = parse_day(since, "--since") if since else None
@@ -91,14 +91,14 @@ def _show(words: "tuple[str, ...]", lines: "list[Line]") -> None:
     from rich.text import Text
 
     from pipeline.serve.books.report import COLUMNS, Line
-    from pipeline.serve.books.uses import Use
+    from pipeline.serve.books.sums import Sums
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for word in words:
         table.add_column(word, overflow="fold", max_width=_GROUP_WIDTH)
     for name in COLUMNS:
         table.add_column(name.removesuffix("_tokens"), justify="right")
-    every = Line(("all", *[""] * (len(words) - 1)), sum((line.use for line in lines), Use()))
+    every = Line(("all", *[""] * (len(words) - 1)), sum((line.sums for line in lines), Sums()))
     for line in [*lines, *[every] * (len(lines) > 1)]:
         style = "bold" if line is every else ""
         cells = [*map(printable, line.group), *line.numbers]

@@ -9,7 +9,7 @@ from pipeline.serve.books.database import one_state
 from pipeline.serve.books.keys import Key, Keys
 from pipeline.serve.books.pending import not_booked, pending_folder, read_waiting
 from pipeline.serve.books.spending import Spent, read_spent
-from pipeline.serve.books.uses import Scope
+from pipeline.serve.books.sums import Scope
 from pipeline.serve.offer.price import usd_text
 
 

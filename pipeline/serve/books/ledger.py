@@ -21,7 +21,7 @@ from pipeline.serve.books.measured import Measured, read_measured
 from pipeline.serve.books.pending import JOURNAL, SPOOL, bring_in, not_booked, pending_folder
 from pipeline.serve.books.spending import NEVER_MS, Spent, read_cost, read_spent
 from pipeline.serve.books.spool import Row, Spool
-from pipeline.serve.books.uses import EPOCH, By, Scope, Use, read_uses
+from pipeline.serve.books.sums import By, Scope, Sums, date_of, read_sums
 from pipeline.serve.books.writer import State, Writer
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class DailyUse:
     """In UTC."""
     model: str
     provider: str
-    use: Use
+    sums: Sums
 
 
 class Ledger:
@@ -142,12 +142,12 @@ class Ledger:
         """Of a key on these days and those between, the latest first."""
         by: tuple[By, ...] = ("day", "model", "provider")
         scope = Scope(first, last, (key_id,))
-        found = await self._read(lambda books, waiting: read_uses(books, waiting, by, scope))
-        uses = [
-            DailyUse(EPOCH + datetime.timedelta(days=int(day or 0)), str(model), str(provider), use)
-            for (day, model, provider), use in found.items()
+        found = await self._read(lambda books, waiting: read_sums(books, waiting, by, scope))
+        days = [
+            DailyUse(date_of(int(day or 0)), str(model), str(provider), sums)
+            for (day, model, provider), sums in found.items()
         ]
-        return sorted(uses, key=lambda use: (-use.day.toordinal(), use.model, use.provider))
+        return sorted(days, key=lambda use: (-use.day.toordinal(), use.model, use.provider))
 
     async def spent(self, key_id: int | None, today: datetime.date) -> Spent:
         """By a key, to this moment."""

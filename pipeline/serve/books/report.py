@@ -13,7 +13,7 @@ from pipeline.errors import BooksError
 from pipeline.serve.books import tables
 from pipeline.serve.books.database import one_state, shown, why
 from pipeline.serve.books.pending import bring_in, not_booked, pending_folder, read_waiting
-from pipeline.serve.books.uses import EPOCH, By, Group, Scope, Use, read_uses
+from pipeline.serve.books.sums import By, Group, Scope, Sums, date_of, read_sums
 from pipeline.serve.offer.price import usd_text
 
 log = logging.getLogger(__name__)
@@ -31,13 +31,13 @@ class Line:
 
     group: tuple[str, ...]
     """Empty is what nobody has said, or who had no key."""
-    use: Use
+    sums: Sums
 
     @property
     def numbers(self) -> tuple[str, ...]:
         """Under COLUMNS, exact."""
-        counts = (str(getattr(self.use, name)) for name in COLUMNS[:-1])
-        return (*counts, usd_text(self.use.cost_picodollars))
+        counts = (str(getattr(self.sums, name)) for name in COLUMNS[:-1])
+        return (*counts, usd_text(self.sums.cost_picodollars))
 
 
 def read_report(books: Engine, by: Sequence[By], scope: Scope) -> list[Line]:
@@ -53,12 +53,12 @@ def read_report(books: Engine, by: Sequence[By], scope: Scope) -> list[Line]:
     waiting = read_waiting(folder)
     try:
         with one_state(books) as connection:
-            uses = read_uses(connection, not_booked(connection, waiting), by, scope)
+            found = read_sums(connection, not_booked(connection, waiting), by, scope)
             keys = _names_of_keys(connection) if "key" in by else {}
     except SQLAlchemyError as error:
         raise BooksError(f"{shown(books.url)} cannot be read: {why(error)}; try again") from error
     return sorted(
-        (Line(_in_words(group, by, keys), use) for group, use in uses.items()),
+        (Line(_in_words(group, by, keys), sums) for group, sums in found.items()),
         key=lambda line: line.group,
     )
 
@@ -95,7 +95,7 @@ def _in_words(group: Group, by: Sequence[By], keys: dict[int, str]) -> tuple[str
         if word == "key":
             return keys[int(value)]
         if word == "day":
-            return (EPOCH + datetime.timedelta(days=int(value))).isoformat()
+            return date_of(int(value)).isoformat()
         return str(value)
 
     return tuple(say(word, value) for word, value in zip(by, group, strict=True))

@@ -13,7 +13,7 @@ from pipeline.errors import BooksError
 from pipeline.serve.books import tables
 from pipeline.serve.books.database import one_state, shown, why
 from pipeline.serve.books.pending import bring_in, pending_folder, read_waiting
-from pipeline.serve.books.uses import DAY_MS, EPOCH, sums_of_generations
+from pipeline.serve.books.sums import DAY_MS, EPOCH, sums_of_generations
 
 log = logging.getLogger(__name__)
 

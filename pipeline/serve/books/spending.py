@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Connection, func, select
 from pipeline.serve.books import tables
 from pipeline.serve.books.allowance import Reset
 from pipeline.serve.books.spool import Row
-from pipeline.serve.books.uses import DAY_MS, EPOCH, Scope, whole_sum
+from pipeline.serve.books.sums import DAY_MS, EPOCH, Scope, whole_sum
 
 NEVER_MS = (2**31 - 1) * DAY_MS
 _generation, _day = tables.generations.c, tables.daily_sums.c

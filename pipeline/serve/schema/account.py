@@ -176,20 +176,20 @@ def activity_body(uses: Sequence[DailyUse]) -> dict[str, Any]:
 
 
 def _activity_item(daily: DailyUse) -> dict[str, Any]:
-    use = daily.use
+    sums = daily.sums
     return {
         "date": daily.day.isoformat(),
         "model": daily.model,
         "model_permaslug": daily.model,
         "endpoint_id": daily.model,
         "provider_name": daily.provider,
-        "usage": usd_number(use.cost_picodollars),
+        "usage": usd_number(sums.cost_picodollars),
         "byok_usage_inference": 0,
-        "requests": use.requests,
-        "prompt_tokens": use.prompt_tokens,
-        "completion_tokens": use.completion_tokens,
-        "reasoning_tokens": use.reasoning_tokens,
-        "cached_tokens": use.cached_tokens,
+        "requests": sums.requests,
+        "prompt_tokens": sums.prompt_tokens,
+        "completion_tokens": sums.completion_tokens,
+        "reasoning_tokens": sums.reasoning_tokens,
+        "cached_tokens": sums.cached_tokens,
     }
 
 

@@ -42,7 +42,7 @@ _OF_ROWS: Mapping[By, Callable[[Row], str | int | None]] = {
 
 
 @dataclass(frozen=True)
-class Use:
+class Sums:
     """Sums over generations; pico-dollars are whole, so they are exact."""
 
     requests: int = 0
@@ -56,19 +56,19 @@ class Use:
     """Of the prompt's."""
     cost_picodollars: int = 0
 
-    def __add__(self, other: "Use") -> "Use":
+    def __add__(self, other: "Sums") -> "Sums":
         """Both together."""
-        return Use(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+        return Sums(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
     @classmethod
-    def of_row(cls, row: Row) -> "Use":
+    def of_row(cls, row: Row) -> "Sums":
         """Of one generation."""
         failed, cancelled = row["error_type"] is not None, bool(row["cancelled"])
         return cls(1, int(failed), int(cancelled), *(int(row[name]) for name in _SUMMED))
 
 
 COUNTED = ("requests", "errors", "cancelled")
-_SUMMED = tuple(Use.__dataclass_fields__)[len(COUNTED) :]
+_SUMMED = tuple(Sums.__dataclass_fields__)[len(COUNTED) :]
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,13 @@ class Scope:
         return found.where(one_of | column.is_(None) if None in self.keys else one_of)
 
 
+def date_of(day: int) -> datetime.date:
+    """By its number since the epoch."""
+    return EPOCH + datetime.timedelta(days=day)
+
+
 def sums_of_generations() -> list[ColumnElement[Any]]:
-    """A Use of rows of generations, by the names of its fields."""
+    """Of rows of generations, by the names of its fields."""
     is_failed, is_cancelled = _generation.error_type.is_not(None), _generation.cancelled
     return [
         func.count().label("requests"),
@@ -127,32 +132,32 @@ def sums_of_generations() -> list[ColumnElement[Any]]:
 
 def sums_of_days() -> list[ColumnElement[Any]]:
     """The same of rows of sums."""
-    return [whole_sum(_day[name]).label(name) for name in Use.__dataclass_fields__]
+    return [whole_sum(_day[name]).label(name) for name in Sums.__dataclass_fields__]
 
 
-def read_uses(
+def read_sums(
     connection: Connection, waiting: Sequence[Row], by: Sequence[By], scope: Scope
-) -> dict[Group, Use]:
+) -> dict[Group, Sums]:
     """The sum of each group; `waiting` are rows that the books do not have.
 
     Of those that are forgotten neither app nor user is known.
     """
-    uses: dict[Group, Use] = collections.defaultdict(Use)
+    found: dict[Group, Sums] = collections.defaultdict(Sums)
 
-    def add(found: Select[Any], columns: Mapping[By, ColumnElement[Any]]) -> None:
+    def add(rows: Select[Any], columns: Mapping[By, ColumnElement[Any]]) -> None:
         known = {word: columns[word].label(f"by_{word}") for word in by if word in columns}
-        grouped = found.add_columns(*known.values()).group_by(*known.values())
+        grouped = rows.add_columns(*known.values()).group_by(*known.values())
         for row in connection.execute(grouped).mappings():
             group = tuple(row[f"by_{word}"] if word in known else None for word in by)
-            uses[group] += Use(**{name: int(row[name]) for name in Use.__dataclass_fields__})
+            found[group] += Sums(**{name: int(row[name]) for name in Sums.__dataclass_fields__})
 
     add(scope.of_generations(select(*sums_of_generations())), _OF_GENERATIONS)
     days: Select[Any] = select(*sums_of_days())
     add(scope.of_days(days), _OF_DAYS)
     for row in waiting:
         if scope.holds(row):
-            uses[tuple(_OF_ROWS[word](row) for word in by)] += Use.of_row(row)
-    return {group: use for group, use in uses.items() if use.requests}
+            found[tuple(_OF_ROWS[word](row) for word in by)] += Sums.of_row(row)
+    return {group: sums for group, sums in found.items() if sums.requests}
 
 
 def whole_sum(
