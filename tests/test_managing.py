@@ -129,7 +129,13 @@ def test_a_key_is_told_once_and_opens_at_once(house: House) -> None:
 
 
 def test_a_key_of_its_own_limits_says_them(house: House) -> None:
-    limits = {"requests_per_minute": 1, "tokens_per_minute": 2, "streams": 3, "models": ["a/b"]}
+    limits: dict[str, Any] = {
+        "requests_per_minute": 1,
+        "tokens_per_minute": 2,
+        "streams": 3,
+        "models": ["a/b"],
+    }
+    limits["priority"] = "high"
 
     _, told = house.create(**limits)
 

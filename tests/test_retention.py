@@ -22,7 +22,7 @@ from pipeline.serve.books import retention, tables
 from pipeline.serve.books.database import one_state, open_books
 from pipeline.serve.books.keys import Keys
 from pipeline.serve.books.ledger import Ledger, open_ledger
-from pipeline.serve.books.retention import forget
+from pipeline.serve.books.retention import forget, forgetting
 from pipeline.serve.books.sums import DAY_MS, Scope, read_sums
 
 TODAY = datetime.date(2026, 4, 2)  # a Thursday
@@ -171,7 +171,7 @@ def test_what_a_dead_server_left_does_not_come_back_after_its_row_was_forgotten(
         assert told(books, after) == before
 
 
-def test_books_that_are_in_use_are_told_and_days_to_come_are_refused(
+def test_books_that_are_in_use_are_told_and_what_limits_need_is_kept(
     books: Engine, ledger: Ledger, books_at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(books_module, "BUSY_TIMEOUT_S", 0.1)
@@ -179,13 +179,17 @@ def test_books_that_are_in_use_are_told_and_days_to_come_are_refused(
         hold(connection)
         with open_books(books_at) as mine, pytest.raises(BooksError, match="could not be written"):
             forget(mine, TODAY)
-    with pytest.raises(BooksError, match="has not come yet"):
-        forget(books, datetime.date(9999, 1, 1))
-    assert count(books, tables.generations) == 120
+    yesterday = datetime.datetime.now(datetime.UTC).date() - datetime.timedelta(days=1)
+    with pytest.raises(BooksError, match=f"generations of {yesterday} and later are still needed"):
+        forget(books, yesterday + datetime.timedelta(days=1))
+    assert forget(books, yesterday) == 120
 
 
 def test_what_is_old_is_forgotten_now_and_every_hour(
-    books: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    books: Engine,
+    books_at: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(retention, "EVERY_S", 0.01)
     now_ms = int(datetime.datetime.now(datetime.UTC).timestamp() * 1000)
@@ -195,20 +199,20 @@ def test_what_is_old_is_forgotten_now_and_every_hour(
             row = generation(number, created_ms=now_ms - days * DAY_MS)
             asyncio.run(ledger.record(row))
 
-    async def until_left(num_rows: int) -> None:
-        keeping = asyncio.create_task(retention.keep_days(books, 2))
+    def wait_until_left(num_rows: int) -> None:
         while count(books, tables.generations) != num_rows:
-            await asyncio.sleep(0.01)
+            time.sleep(0.01)
+
+    for days in range(5):
+        book(days, days)
+    with forgetting(books_at, 2):
+        wait_until_left(3)
+        book(9, 9)
+        wait_until_left(3)
         with books.begin() as connection:
             connection.exec_driver_sql("ALTER TABLE generations RENAME TO hidden")
         while "is not forgotten" not in caplog.text:
-            await asyncio.sleep(0.01)
-        keeping.cancel()
-
-    for number, days in enumerate((0, 1, 2, 3, 4)):
-        book(number, days)
-    asyncio.run(until_left(3))
-    asyncio.run(retention.keep_days(books, None))
+            time.sleep(0.01)
 
 
 @pytest.mark.slow

@@ -32,6 +32,10 @@ TokensPerMinute = Annotated[
 Streams = Annotated[
     str | None, typer.Option(metavar="N", help="Requests at the same time, streamed or not.")
 ]
+Priority = Annotated[
+    Literal["high", "normal", "low", "none"] | None,
+    typer.Option(help="Where requests wait for a model, those of a higher one go first."),
+]
 Models = Annotated[
     str | None, typer.Option(metavar="A/B,C/D", help="The only models that it may ask.")
 ]
@@ -48,6 +52,7 @@ def create(  # noqa: PLR0913 - each is an option
     requests_per_minute: RequestsPerMinute = None,
     tokens_per_minute: TokensPerMinute = None,
     streams: Streams = None,
+    priority: Priority = None,
     models: Models = None,
     expires: Expires = None,
     management: Annotated[
@@ -66,6 +71,7 @@ def create(  # noqa: PLR0913 - each is an option
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         streams=streams,
+        priority=priority,
         models=models,
         expires_at=expires,
     )
@@ -95,6 +101,7 @@ def limit(  # noqa: PLR0913 - each is an option
     requests_per_minute: RequestsPerMinute = None,
     tokens_per_minute: TokensPerMinute = None,
     streams: Streams = None,
+    priority: Priority = None,
     models: Models = None,
     expires: Expires = None,
     books: Books = None,
@@ -109,6 +116,7 @@ def limit(  # noqa: PLR0913 - each is an option
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         streams=streams,
+        priority=priority,
         models=models,
         expires_at=expires,
     )

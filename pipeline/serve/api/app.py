@@ -20,7 +20,9 @@ from pipeline.serve.api.response_cache import ResponseCache
 from pipeline.serve.api.routes import Handler, PartHandler, Routes
 from pipeline.serve.books.keys import Key, Keys
 from pipeline.serve.books.ledger import Ledger
-from pipeline.serve.monitoring.metrics import CONTENT_TYPE, Metrics
+from pipeline.serve.books.uses import OwnUses, Uses
+from pipeline.serve.monitoring.metrics import CONTENT_TYPE, Metrics, of_processes
+from pipeline.serve.monitoring.pages import Pages
 from pipeline.serve.offer.catalog import Catalog
 from pipeline.serve.openapi.description import Description
 from pipeline.serve.routing.endpoints import Endpoints
@@ -51,6 +53,8 @@ class App:
     keep_alive_s: float = KEEP_ALIVE_S
     now_s: Callable[[], float] = time.time
     """Since the epoch: by it limits begin anew."""
+    uses: Uses | None = None
+    """What keys use of their limits; None counts it in this process."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, whatever happens."""
@@ -75,6 +79,8 @@ class App:
     style: ChatStyle = USUAL
     cache: ResponseCache = field(default_factory=ResponseCache)
     metrics: Metrics = field(default_factory=Metrics)
+    pages: Pages | None = None
+    """Of the other processes of this server; None is that there are none."""
 
     @functools.cached_property
     def endpoints_of(self) -> Endpoints:
@@ -124,7 +130,7 @@ class App:
 
     @functools.cached_property
     def _limits(self) -> Limits:
-        return Limits(self.ledger, self.now_s)
+        return Limits(self.ledger, self.now_s, self.uses or OwnUses(self.ledger))
 
     def _of_keys(self) -> dict[str, dict[str, PartHandler]]:
         return {
@@ -195,6 +201,8 @@ class App:
         if not exchange.is_local:
             await self._admit(exchange)
         page = await self.metrics.page(self.catalog, self.ledger)
+        if self.pages:
+            page = of_processes({self.pages.process: page.decode(), **self.pages.others})
         await exchange.begin(200, CONTENT_TYPE, {"content-length": str(len(page))})
         await exchange.write(page, more=False)
 

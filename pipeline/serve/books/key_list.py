@@ -43,6 +43,8 @@ def _describe(key: Key, spent: Spent) -> list[str]:
     ):
         if amount is not None:
             said.append(f"{amount} {what}")
+    if key.priority is not None:
+        said.append(f"{key.priority} priority")
     if key.models is not None:
         said.append(f"asks {', '.join(key.models)}")
     if key.expires_ms is not None:

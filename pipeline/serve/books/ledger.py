@@ -18,7 +18,14 @@ from pipeline.serve.books import tables
 from pipeline.serve.books.database import OTHERS, one_state, shown, why
 from pipeline.serve.books.journal import Journal
 from pipeline.serve.books.measured import Measured, read_measured
-from pipeline.serve.books.pending import JOURNAL, SPOOL, bring_in, not_booked, pending_folder
+from pipeline.serve.books.pending import (
+    JOURNAL,
+    SPOOL,
+    bring_in,
+    not_booked,
+    pending_folder,
+    read_waiting,
+)
 from pipeline.serve.books.spending import NEVER_MS, Spent, read_cost, read_spent
 from pipeline.serve.books.spool import Row, Spool
 from pipeline.serve.books.sums import By, Scope, Sums, date_of, read_sums
@@ -186,10 +193,11 @@ class Ledger:
 
     async def _read(self, work: Callable[[Connection, Sequence[Row]], T]) -> T:
         """What it finds in one state of the books, and in the rows that are not in them yet."""
-        # First: what is brought in meanwhile is in the books then.
-        waiting = self._writer.spool.rows
+        spool = self._writer.spool
 
         def read() -> T:
+            # First: what is brought in meanwhile is in the books then.
+            waiting = [*spool.rows, *read_waiting(spool.file.parent, but=spool.file)]
             with one_state(self._books) as connection:
                 return work(connection, not_booked(connection, waiting))
 

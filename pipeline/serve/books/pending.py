@@ -73,9 +73,10 @@ def _insert_missing(books: Engine, rows: Sequence[Row]) -> int:
         return sum(connection.execute(insert, dict(row)).rowcount for row in rows)
 
 
-def read_waiting(folder: Path) -> list[Row]:
-    """What processes that run keep for the books: some of it may be there by now."""
-    return [row for spool in sorted(folder.glob(f"*{SPOOL}")) for row in read_rows(spool)]
+def read_waiting(folder: Path, but: Path | None = None) -> list[Row]:
+    """What processes keep for the books, `but` that file's: some of it may be there by now."""
+    spools = [spool for spool in sorted(folder.glob(f"*{SPOOL}")) if spool != but]
+    return [row for spool in spools for row in read_rows(spool)]
 
 
 def not_booked(connection: Connection, rows: Sequence[Row]) -> list[Row]:

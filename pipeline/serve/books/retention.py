@@ -1,8 +1,10 @@
 """Generations that are forgotten: their rows go, and what they come to stays exact."""
 
-import asyncio
+import contextlib
 import datetime
+import itertools
 import logging
+import threading
 import time
 from collections.abc import Iterator
 
@@ -11,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.errors import BooksError
 from pipeline.serve.books import tables
-from pipeline.serve.books.database import one_state, shown, why
+from pipeline.serve.books.database import one_state, open_books, shown, why
 from pipeline.serve.books.pending import bring_in, pending_folder, read_waiting
 from pipeline.serve.books.sums import DAY_MS, EPOCH, sums_of_generations
 
@@ -32,26 +34,44 @@ def forget(books: Engine, before: datetime.date) -> int:
     return sum(_batches(books, before))
 
 
-async def keep_days(books: Engine, num_days: int | None) -> None:
-    """Forget what is older, every hour, for ever; None keeps everything."""
-    while num_days is not None:
+@contextlib.contextmanager
+def forgetting(where: str | None, num_days: int | None) -> Iterator[None]:
+    """Meanwhile what is older than so many days is, every hour; None keeps everything.
+
+    `where` is what `open_books` takes.
+    """
+    if num_days is None:
+        yield
+        return
+    ended = threading.Event()
+    forgetter = threading.Thread(target=_forget_old, args=(where, num_days, ended), name="forget")
+    forgetter.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        forgetter.join()
+
+
+def _forget_old(where: str | None, num_days: int, ended: threading.Event) -> None:
+    while not ended.is_set():
         before = _today() - datetime.timedelta(days=num_days)
         try:
-            # One by one: whoever ends this waits for no more than a batch.
-            batches, num_forgotten = _batches(books, before), 0
-            while (num := await asyncio.to_thread(next, batches, None)) is not None:
-                num_forgotten += num
+            with open_books(where) as books:
+                # Whoever ends this waits for no more than a batch.
+                batches = itertools.takewhile(lambda _: not ended.is_set(), _batches(books, before))
+                log.info("%d generations before %s are forgotten", sum(batches), before)
         except BooksError as error:
             log.warning("what is older than %d days is not forgotten: %s", num_days, error)
-        else:
-            log.info("%d generations before %s are forgotten", num_forgotten, before)
-        await asyncio.sleep(EVERY_S)
+        ended.wait(EVERY_S)
 
 
 def _batches(books: Engine, before: datetime.date) -> Iterator[int]:
     """Does it bit by bit: how many rows each was."""
-    if before > _today():
-        raise BooksError(f"{before} has not come yet by UTC; only days that are over are forgotten")
+    if before > (latest := _today() - datetime.timedelta(days=1)):
+        # Limits count these by row, as some of theirs may still be on their way.
+        what = f"generations of {latest} and later are still needed"
+        raise BooksError(f"{what}, by UTC; what is before {latest} can be forgotten")
     before_ms, num_forgotten = (before - EPOCH).days * DAY_MS, 0
     folder = pending_folder(books.url)
     try:

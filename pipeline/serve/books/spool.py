@@ -92,6 +92,9 @@ def read_rows(file: Path) -> list[Row]:
     """Of a spool or a journal; a line that was cut off was promised to nobody."""
     text, before = b"", None
     try:
+        with file.open("rb") as opened:
+            if opened.read(1) in (b"", b"\0"):
+                return []
         while text != before:  # its process may be writing into it
             text, before = file.read_bytes(), text
     except FileNotFoundError:

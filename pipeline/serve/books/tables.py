@@ -39,6 +39,7 @@ keys = Table(
     Column("requests_per_minute", Integer),
     Column("tokens_per_minute", Integer),
     Column("streams", Integer),
+    Column("priority", Text),
     Column("models", JSON(none_as_null=True)),
     Column("expires_ms", BigInteger),
     Column("is_management", Boolean, nullable=False, server_default=false()),
@@ -100,4 +101,24 @@ daily_sums = Table(
     Column("cost_picodollars", BigInteger, nullable=False),
     Column("last_ms", BigInteger, nullable=False),
     Index(None, "key_id", "day"),
+)
+
+uses = Table(
+    "uses",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("key_id", ForeignKey("keys.id"), nullable=False),
+    Column("process", Text, nullable=False),
+    Column("begun_ms", BigInteger, nullable=False),
+    Column("ended_ms", BigInteger),
+    Column("tokens", BigInteger, nullable=False, server_default="0"),
+    Column("cost_picodollars", BigInteger, nullable=False, server_default="0"),
+    Index(None, "key_id"),
+)
+
+processes = Table(
+    "processes",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("seen_ms", BigInteger, nullable=False),
 )

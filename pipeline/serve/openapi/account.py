@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pipeline.serve.books.allowance import Priority
 from pipeline.serve.openapi.shape import Shape
 
 
@@ -78,6 +79,7 @@ class ManagedKey(Use):
     requests_per_minute: int | None
     tokens_per_minute: int | None
     streams: int | None
+    priority: Priority | None
     """Requests at the same time."""
     models: list[str] | None
     """The only ones that it may ask."""

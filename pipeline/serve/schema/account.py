@@ -62,6 +62,7 @@ def managed_key(key: Key, spent: Spent) -> dict[str, Any]:
         "requests_per_minute": key.requests_per_minute,
         "tokens_per_minute": key.tokens_per_minute,
         "streams": key.streams,
+        "priority": key.priority,
         "models": None if key.models is None else list(key.models),
         "is_management_key": key.is_management,
     }
