@@ -118,15 +118,16 @@ def test_what_waits_in_another_process_is_in_its_fellows_sums_too(
     house: House, books_at: str
 ) -> None:
     house.chatter(1)
-    with locked(books_at), closing(Ledger(house.books)) as theirs:
+    with closing(Ledger(house.books)) as theirs:
         fellow = House(house.books, theirs, house.chat)
         fellow.told, fellow.managing = house.told, house.managing
-        fellow.chatter(2)
-        assert (house.ledger.state.num_spooled, theirs.state.num_spooled) == (0, 3)
-        house.check()
-        house.chatter(1)
-        house.check()
-        fellow.check()
+        with locked(books_at):
+            fellow.chatter(2)
+            assert (house.ledger.state.num_spooled, theirs.state.num_spooled) == (0, 3)
+            house.check()
+            house.chatter(1)
+            house.check()
+            fellow.check()
 
 
 def test_activity_says_the_same_once_the_day_is_over_by_the_applications_clock(
