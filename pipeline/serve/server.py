@@ -17,6 +17,7 @@ from pipeline.serve.books.keys import Keys, first_key
 from pipeline.serve.books.ledger import open_ledger
 from pipeline.serve.books.retention import forgetting
 from pipeline.serve.books.shared_uses import SharedUses
+from pipeline.serve.content.log import open_content_log
 from pipeline.serve.control import obeying
 from pipeline.serve.crew import Crew
 from pipeline.serve.gateway import Gateway, Running, doing
@@ -65,13 +66,17 @@ def serve(path: Path, settings: Settings, ready: Ready) -> None:
 @contextlib.contextmanager
 def opened(path: Path, settings: Settings, menu: Menu) -> Iterator[Gateway]:
     """What answers for a menu, with its books open."""
-    with open_books(settings.books or menu.books) as books, open_ledger(books) as ledger:
+    with (
+        open_books(settings.books or menu.books) as books,
+        open_ledger(books) as ledger,
+        open_content_log(menu.content, books.url) as content_log,
+    ):
         style = ChatStyle(menu.usage_chunk, has_reasoning_content=settings.is_provider)
         # Somebody else may have a database's books, but those in a file only our own workers.
         is_alone = books.dialect.name == "sqlite" and settings.workers == 1
         uses = None if is_alone else SharedUses(books, ledger)
         keys = _who_may_ask(Keys(books), settings)
-        yield Gateway(path, settings, keys, ledger, uses, style)
+        yield Gateway(path, settings, keys, ledger, content_log, uses, style)
 
 
 @contextlib.asynccontextmanager

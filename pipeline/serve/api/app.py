@@ -21,6 +21,7 @@ from pipeline.serve.api.routes import Handler, PartHandler, Routes
 from pipeline.serve.books.keys import Key, Keys
 from pipeline.serve.books.ledger import Ledger
 from pipeline.serve.books.uses import OwnUses, Uses
+from pipeline.serve.content.log import ContentLog
 from pipeline.serve.monitoring.metrics import CONTENT_TYPE, Metrics, of_processes
 from pipeline.serve.monitoring.pages import Pages
 from pipeline.serve.offer.catalog import Catalog
@@ -78,6 +79,8 @@ class App:
 
     style: ChatStyle = USUAL
     cache: ResponseCache = field(default_factory=ResponseCache)
+    content_log: ContentLog | None = None
+    """None keeps no word, whatever a key says."""
     metrics: Metrics = field(default_factory=Metrics)
     pages: Pages | None = None
     """Of the other processes of this server; None is that there are none."""
@@ -94,7 +97,7 @@ class App:
     @functools.cached_property
     def _routes(self) -> Routes:
         models = Models(self.catalog, self.endpoints_of, self._is_known)
-        account = Account(self.ledger, self._limits)
+        account = Account(self.ledger, self._limits, self.content_log)
         description = Description(lambda: self._routes)
         of_server: dict[str, tuple[str, Handler]] = {
             "/health": ("GET", self._health),
@@ -160,6 +163,7 @@ class App:
             self.cache,
             self.keep_alive_s,
             self.metrics,
+            self.content_log,
         )
 
         async def answer(exchange: Exchange) -> None:

@@ -22,6 +22,7 @@ from pipeline.serve.asking.request import HEALING, ChatRequest, parse_object
 from pipeline.serve.books.allowance import PRIORITIES
 from pipeline.serve.books.keys import Key
 from pipeline.serve.books.ledger import Ledger
+from pipeline.serve.content.log import ContentLog
 from pipeline.serve.monitoring.metrics import Metrics
 from pipeline.serve.monitoring.reply_log import tell
 from pipeline.serve.offer.catalog import Catalog
@@ -89,6 +90,7 @@ class Inference:
     cache: ResponseCache
     keep_alive_s: float
     metrics: Metrics = field(default_factory=Metrics)
+    content_log: ContentLog | None = None
 
     async def answer(self, exchange: Exchange, key: Key | None, skin: Skin) -> None:
         """Raises what the client must be told, unless something was sent."""
@@ -220,6 +222,8 @@ class Inference:
         generation = record.generation()
         self.metrics.replied(generation, record.status, record.gaps)
         tell(generation, record.status, asking.arrival.key)
+        if self.content_log and record.logs_content:
+            self.content_log.put(record.entry(generation, asking.exchange.scope["path"]))
         if self.ledger is None:
             return
         try:

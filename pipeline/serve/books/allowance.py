@@ -90,6 +90,8 @@ class KeyChange(BaseModel):
     ) = None
     """The only ones that it may ask, by their slugs."""
     expires_at: Annotated[datetime.datetime, BeforeValidator(_moment)] | None = None
+    log_content: bool = Field(default_factory=bool)
+    """Whether requests and replies are kept, word by word; those of `zdr` are not."""
     include_byok_in_limit: bool = Field(default_factory=bool)
     """Changes nothing: nobody brings keys to others here."""
 

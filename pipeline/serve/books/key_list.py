@@ -50,6 +50,7 @@ def _describe(key: Key, spent: Spent) -> list[str]:
     if key.expires_ms is not None:
         word = "expired" if key.is_expired(time.time()) else "expires"
         said.append(f"{word} {_moment(key.expires_ms)}")
+    said += ["content is logged"] * key.log_content
     said += ["manages keys"] * key.is_management + ["disabled"] * key.disabled
     return said
 

@@ -53,6 +53,8 @@ class Key:
     is_management: bool = False
     """Whether it manages keys, and asks for no reply."""
     updated_ms: int | None = None
+    log_content: bool = False
+    """Whether what it asks and is answered is kept, word by word."""
 
     @property
     def is_limited(self) -> bool:

@@ -45,6 +45,7 @@ keys = Table(
     Column("is_management", Boolean, nullable=False, server_default=false()),
     Column("updated_ms", BigInteger),
     Column("deleted_ms", BigInteger),
+    Column("log_content", Boolean, nullable=False, server_default=false()),
 )
 
 generations = Table(
