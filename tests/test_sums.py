@@ -21,12 +21,13 @@ from pipeline.serve.api.app import App
 from pipeline.serve.books import database as books_module
 from pipeline.serve.books import writer
 from pipeline.serve.books.database import open_books
+from pipeline.serve.books.key_list import describe_keys
 from pipeline.serve.books.keys import Keys
 from pipeline.serve.books.ledger import Ledger
 from pipeline.serve.books.pending import insert_missing
 from pipeline.serve.books.retention import forget
 from pipeline.serve.offer.catalog import Catalog, Served
-from pipeline.serve.offer.price import Price
+from pipeline.serve.offer.price import Price, usd_text
 
 NOON_S = datetime.datetime(2026, 3, 31, 12, tzinfo=datetime.UTC).timestamp()  # a Tuesday
 DAY_S = 24 * 60 * 60
@@ -128,6 +129,15 @@ def test_what_waits_in_another_process_is_in_its_fellows_sums_too(
             house.chatter(1)
             house.check()
             fellow.check()
+
+
+def test_the_list_of_keys_has_what_waits_in_a_server(house: House, books_at: str) -> None:
+    with locked(books_at):
+        house.chatter(2)
+        described = describe_keys(house.books)
+
+    for line, told in zip(described, house.told.values(), strict=False):
+        assert f"used {usd_text(told)} USD" in line
 
 
 def test_activity_says_the_same_once_the_day_is_over_by_the_applications_clock(
