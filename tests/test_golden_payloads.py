@@ -16,7 +16,7 @@ from pipeline.serve.offer.catalog import Served
 from pipeline.serve.offer.price import Price
 from pipeline.serve.replying.events import Called, Ended, Event, Said, Usage
 from pipeline.serve.routing.endpoint import Own
-from pipeline.serve.schema.endpoints import endpoints_body
+from pipeline.serve.schema.endpoints import Seen, endpoints_body
 from pipeline.serve.schema.reply import ChatStyle, ChatWriter
 from pipeline.serve.skins.skin import Bill, Heading
 
@@ -159,7 +159,7 @@ def test_the_other_bodies_have_every_key(chat: Chat, name: str) -> None:
     document = schema.model_document(served)
     ours = {
         "models": lambda: schema.models_body([document], 1, None),
-        "eps": lambda: endpoints_body(served, [(Own(served), True)]),
+        "eps": lambda: endpoints_body(served, [Seen(Own(served), True, True)]),
         "key": lambda: schema.key_body(None, Spent()),
         "gen": lambda: schema.generation_body(generation()),
     }[name]()

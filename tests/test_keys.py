@@ -393,6 +393,9 @@ def back_to_0002(books: Engine) -> None:
         connection.exec_driver_sql(
             "CREATE INDEX ix_generations_key_id ON generations (key_id, created_ms)"
         )
+        for name in ("ix_generations_created_ms", "ix_generations_model"):
+            connection.exec_driver_sql(f"DROP INDEX {name}")
+        connection.exec_driver_sql("DROP TABLE daily_sums")
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0002'")
 
 

@@ -356,7 +356,7 @@ def test_activity_is_what_a_key_has_asked_of_each_model_on_days_that_are_over(ho
         "model": "a",
         "model_permaslug": "a",
         "endpoint_id": "a",
-        "provider_name": "Pipeline",
+        "provider_name": "Elsewhere",
         "usage": 10,
         "byok_usage_inference": 0,
         "requests": 2,

@@ -19,8 +19,10 @@ from pipeline.cli import (
     provider,
     serving,
     training,
+    usage,
 )
 from pipeline.cli.log import begin_log
+from pipeline.cli.printable import printable
 from pipeline.errors import Interrupted, PipelineError, RunError
 
 app = typer.Typer(
@@ -33,6 +35,7 @@ app = typer.Typer(
 for room in (preparing, training, merging, artefacts, proof, serving):  # the order of --help
     app.add_typer(room.commands)
 app.add_typer(keys.commands, name="keys", help="Who may use the server.")
+app.add_typer(usage.commands, name="usage", help="What they have used.")
 app.add_typer(provider.commands, name="provider", help="Being listed by a router.")
 app.add_typer(benches.commands, name="bench", help="Measure what the README's tables say.")
 
@@ -53,11 +56,6 @@ def one_process(context: typer.Context) -> None:
     if count_processes() > 1 and context.invoked_subcommand != "train":
         what = context.invoked_subcommand
         raise RunError(f"only train runs in several processes: run `pipeline {what}` by itself")
-
-
-def _printable(text: str) -> str:
-    """A sentence that quotes a file, without what would move the cursor or change the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def _let_the_first_speak() -> None:
@@ -91,11 +89,11 @@ def main() -> None:
         app()
     except Interrupted as stop:
         if is_first_process():
-            say(_printable(str(stop)), err=True)
+            say(printable(str(stop)), err=True)
         sys.exit(stop.exit_code)
     except PipelineError as error:
         _let_the_first_speak()
-        say(f"error: {_printable(str(error))}", err=True)
+        say(f"error: {printable(str(error))}", err=True)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]

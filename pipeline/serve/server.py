@@ -15,6 +15,7 @@ from pipeline.errors import PipelineError
 from pipeline.serve.books.database import open_books
 from pipeline.serve.books.keys import Keys, first_key
 from pipeline.serve.books.ledger import open_ledger
+from pipeline.serve.books.retention import forgetting
 from pipeline.serve.books.shared_uses import SharedUses
 from pipeline.serve.content.log import open_content_log
 from pipeline.serve.control import obeying
@@ -50,6 +51,7 @@ def serve(path: Path, settings: Settings, ready: Ready) -> None:
     with (
         take_port(settings.host, port) as listener,
         opened(path, settings, menu) as gateway,
+        forgetting(settings.books or menu.books, menu.keep_days),
         # Half of asyncio's own time for every event of a stream.
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):

@@ -27,6 +27,7 @@ from pipeline.serve.monitoring.pages import Pages
 from pipeline.serve.offer.catalog import Catalog
 from pipeline.serve.openapi.description import Description
 from pipeline.serve.routing.endpoints import Endpoints
+from pipeline.serve.routing.measuring import Measuring
 from pipeline.serve.schema.reply import USUAL, ChatStyle
 from pipeline.serve.skins.chat import Chat
 from pipeline.serve.skins.completions import Completions
@@ -51,8 +52,6 @@ class App:
     """None lets everybody in."""
     ledger: Ledger | None = None
     keep_alive_s: float = KEEP_ALIVE_S
-    endpoints_of: Endpoints = field(default_factory=Endpoints)
-    """Where a model may be asked."""
     now_s: Callable[[], float] = time.time
     """Since the epoch: by it limits begin anew."""
     uses: Uses | None = None
@@ -86,13 +85,18 @@ class App:
     pages: Pages | None = None
     """Of the other processes of this server; None is that there are none."""
 
+    @functools.cached_property
+    def endpoints_of(self) -> Endpoints:
+        """Where a model may be asked."""
+        return Endpoints(Measuring(self.ledger, self.now_s))
+
     async def close(self) -> None:
         """Let go of connections to servers elsewhere; the engines are their owner's."""
         await self.endpoints_of.close()
 
     @functools.cached_property
     def _routes(self) -> Routes:
-        models = Models(self.catalog, self.endpoints_of)
+        models = Models(self.catalog, self.endpoints_of, self._is_known)
         account = Account(self.ledger, self._limits, self.content_log)
         description = Description(lambda: self._routes)
         of_server: dict[str, tuple[str, Handler]] = {
@@ -205,6 +209,13 @@ class App:
             page = of_processes({self.pages.process: page.decode(), **self.pages.others})
         await exchange.begin(200, CONTENT_TYPE, {"content-length": str(len(page))})
         await exchange.write(page, more=False)
+
+    async def _is_known(self, exchange: Exchange) -> bool:
+        """Whether a request that needs no key has come with one, if there are keys."""
+        with contextlib.suppress(RequestError):
+            await self._admit(exchange)
+            return True
+        return False
 
     async def _admit(self, exchange: Exchange) -> Key | None:
         """Whose request it is; RequestError 401 for one that must not be answered."""

@@ -1,7 +1,7 @@
 """What is told of the models: which there are, where they are served, and that none embeds."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ class Models:
 
     catalog: Catalog
     endpoints_of: Endpoints
+    is_known: Callable[[Exchange], Awaitable[bool]]
+    """Whether it is told how fast others were answered."""
 
     async def all(self, exchange: Exchange) -> None:
         """GET /models."""
@@ -50,12 +52,12 @@ class Models:
     async def endpoints(self, exchange: Exchange, model: str) -> None:
         """GET /models/AUTHOR/SLUG/endpoints."""
         served = self._find(exchange, model)
-        seen = await self._seen([served])
+        seen = await self._seen(exchange, [served])
         await exchange.answer(endpoints_body(served, seen), 200, {})
 
     async def all_endpoints(self, exchange: Exchange) -> None:
         """GET /endpoints/zdr."""
-        seen = await self._seen(self.catalog.models)
+        seen = await self._seen(exchange, self.catalog.models)
         await exchange.answer(all_endpoints_body(seen), 200, {})
 
     async def providers(self, exchange: Exchange) -> None:
@@ -82,11 +84,16 @@ class Models:
             availability=Availability("wrong_endpoint", constraint=("model", detail)),
         )
 
-    async def _seen(self, models: Sequence[Served]) -> list[Seen]:
+    async def _seen(self, exchange: Exchange, models: Sequence[Served]) -> list[Seen]:
         """Their endpoints, asked for their health at the same time."""
         endpoints = [endpoint for served in models for endpoint in self.endpoints_of(served)]
-        healths = await asyncio.gather(*(endpoint.is_healthy() for endpoint in endpoints))
-        return list(zip(endpoints, healths, strict=True))
+        measuring = self.endpoints_of.measure(endpoints)
+        healths = asyncio.gather(*(endpoint.is_healthy() for endpoint in endpoints))
+        _, healthy, shows_speed = await asyncio.gather(measuring, healths, self.is_known(exchange))
+        return [
+            Seen(endpoint, is_healthy, shows_speed)
+            for endpoint, is_healthy in zip(endpoints, healthy, strict=True)
+        ]
 
     def _documents(self, key: Key | None = None) -> list[Mapping[str, Any]]:
         models = [m for m in self.catalog.models if key is None or key.may_ask(m.slug)]

@@ -146,7 +146,7 @@ class Record:
             key_id=self._arrival.key.id if self._arrival.key else None,
             model=served.slug,
             provider=self.answering.endpoint.provider,
-            artefact_hash=served.artefact_hash,
+            artefact_hash=self.answering.endpoint.artefact_hash,
             engine=served.engine_name,
             created_ms=int(self._arrival.created_s * 1000),
             streamed=bool(self._request.stream),

@@ -30,6 +30,7 @@ def _number(value: Any) -> Any:
         return value
 
 
+_Speed = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Dollars = Annotated[Decimal, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
 
 
@@ -55,8 +56,17 @@ class MaxPrice(_Known):
     request: _Dollars | None = None
 
 
+class Cutoffs(_Known):
+    """By how many of a hundred replies are at least as good."""
+
+    p50: _Speed | None = None
+    p75: _Speed | None = None
+    p90: _Speed | None = None
+    p99: _Speed | None = None
+
+
 class Preferences(_Known):
-    """What is understood of `provider`. Preferred speeds exclude nobody, and none is measured."""
+    """What is understood of `provider`. Preferred speeds exclude nobody."""
 
     order: list[str] | None = None
     only: list[str] | None = None
@@ -68,8 +78,10 @@ class Preferences(_Known):
     enforce_distillable_text: bool | None = None
     quantizations: list[Quantization] | None = None
     sort: Sort | SortBy | None = None
-    preferred_min_throughput: Any = None
-    preferred_max_latency: Any = None
+    preferred_min_throughput: _Speed | Cutoffs | None = None
+    """Tokens a second; a number by itself is p50, as of the next."""
+    preferred_max_latency: _Speed | Cutoffs | None = None
+    """Seconds to the first token."""
     max_price: MaxPrice | None = None
 
     @property
@@ -78,9 +90,9 @@ class Preferences(_Known):
         return bool(self.zdr) or self.data_collection == "deny"
 
     @property
-    def sorts_by_price(self) -> bool:
-        """Whether the cheapest comes first."""
-        return (self.sort.by if isinstance(self.sort, SortBy) else self.sort) == "price"
+    def sorted_by(self) -> Sort | None:
+        """What the best is best in."""
+        return self.sort.by if isinstance(self.sort, SortBy) else self.sort
 
     @property
     def is_across_models(self) -> bool:

@@ -59,6 +59,15 @@ def open_books(where: str | None = None) -> Iterator[Engine]:
         engine.dispose()
 
 
+@contextmanager
+def one_state(books: Engine) -> Iterator[Connection]:
+    """All its statements see the books as they are at the first; SQLite does that by itself."""
+    is_postgresql = books.dialect.name == "postgresql"
+    reader = books.execution_options(isolation_level="REPEATABLE READ") if is_postgresql else books
+    with reader.connect() as connection:
+        yield connection
+
+
 def books_url(where: str | None = None) -> URL:
     """Of what --books may name; BooksError if it is no such thing."""
     if where and "://" in where:

@@ -1,15 +1,15 @@
 """Keys as a terminal shows them: what each may do and has used."""
 
-import asyncio
-import contextlib
 import datetime
 import time
 
 from sqlalchemy import Engine
 
+from pipeline.serve.books.database import one_state
 from pipeline.serve.books.keys import Key, Keys
-from pipeline.serve.books.ledger import Ledger
-from pipeline.serve.books.spending import Spent
+from pipeline.serve.books.pending import not_booked, pending_folder, read_waiting
+from pipeline.serve.books.spending import Spent, read_spent
+from pipeline.serve.books.sums import Scope
 from pipeline.serve.offer.price import usd_text
 
 
@@ -17,8 +17,9 @@ def describe_keys(books: Engine, key_id: int | None = None) -> list[str]:
     """A line for each, oldest first, or that of one."""
     every = Keys(books).all()
     today = datetime.datetime.now(datetime.UTC).date()
-    with contextlib.closing(Ledger(books)) as ledger:
-        spent = asyncio.run(ledger.spent_by_key(today))
+    waiting = read_waiting(pending_folder(books.url))
+    with one_state(books) as connection:
+        spent = read_spent(connection, not_booked(connection, waiting), today, Scope())
     width = max([len(key.name) for key in every], default=0)
     return [
         "  ".join([f"{key.name:{width}}", *_describe(key, spent.get(key.id, Spent()))])

@@ -4,34 +4,36 @@ import asyncio
 import contextlib
 import datetime
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 from uuid import uuid4
 
-from sqlalchemy import BigInteger, Engine, cast, delete, false, func, select
+from sqlalchemy import Connection, Engine, delete, false, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.errors import BooksError
 from pipeline.serve.books import tables
-from pipeline.serve.books.database import OTHERS, shown, why
+from pipeline.serve.books.database import OTHERS, one_state, shown, why
 from pipeline.serve.books.journal import Journal
-from pipeline.serve.books.pending import JOURNAL, SPOOL, bring_in, pending_folder
-from pipeline.serve.books.spending import Spent, read_spent, spent_columns
-from pipeline.serve.books.spool import Spool
+from pipeline.serve.books.measured import Measured, read_measured
+from pipeline.serve.books.pending import (
+    JOURNAL,
+    SPOOL,
+    bring_in,
+    not_booked,
+    pending_folder,
+    read_waiting,
+)
+from pipeline.serve.books.spending import NEVER_MS, Spent, read_cost, read_spent
+from pipeline.serve.books.spool import Row, Spool
+from pipeline.serve.books.sums import By, Scope, Sums, date_of, read_sums
 from pipeline.serve.books.writer import State, Writer
 
 log = logging.getLogger(__name__)
 
-_EPOCH = datetime.date(1970, 1, 1)
-_DAY_MS = 24 * 60 * 60 * 1000
-_SUMMED = (
-    "prompt_tokens",
-    "completion_tokens",
-    "reasoning_tokens",
-    "cached_tokens",
-    "cost_picodollars",
-)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Generation:
     model: str
     """The slug that answered."""
     artefact_hash: str | None
-    """sha256 of the weights that answered, where they lie here."""
+    """sha256 of the weights that answered, where they lie here and it was written down."""
     engine: str
     created_ms: int
     """Since the epoch."""
@@ -85,17 +87,13 @@ class Generation:
 
 @dataclass(frozen=True)
 class DailyUse:
-    """What one key has asked of one model in one day."""
+    """What one key has asked at one place in one day."""
 
     day: datetime.date
     """In UTC."""
     model: str
-    requests: int
-    prompt_tokens: int
-    completion_tokens: int
-    reasoning_tokens: int
-    cached_tokens: int
-    cost_picodollars: int
+    provider: str
+    sums: Sums
 
 
 class Ledger:
@@ -149,26 +147,34 @@ class Ledger:
         self, key_id: int | None, first: datetime.date, last: datetime.date
     ) -> list[DailyUse]:
         """Of a key on these days and those between, the latest first."""
-        return await asyncio.to_thread(self._daily_use, key_id, first, last)
+        by: tuple[By, ...] = ("day", "model", "provider")
+        scope = Scope(first, last, (key_id,))
+        found = await self._read(lambda books, waiting: read_sums(books, waiting, by, scope))
+        days = [
+            DailyUse(date_of(int(day or 0)), str(model), str(provider), sums)
+            for (day, model, provider), sums in found.items()
+        ]
+        return sorted(days, key=lambda use: (-use.day.toordinal(), use.model, use.provider))
 
     async def spent(self, key_id: int | None, today: datetime.date) -> Spent:
         """By a key, to this moment."""
-        return await asyncio.to_thread(self._spent, key_id, today)
+        scope = Scope(keys=(key_id,))
+        found = await self._read(lambda books, waiting: read_spent(books, waiting, today, scope))
+        return found.get(key_id, Spent())
 
     async def spent_by_key(self, today: datetime.date) -> dict[int | None, Spent]:
         """By every key that has asked for something; None is those who had none."""
-        return await asyncio.to_thread(self._spent_by_key, today)
+        return await self._read(lambda books, waiting: read_spent(books, waiting, today, Scope()))
 
-    async def cost(self, key_id: int, begin_ms: int, end_ms: int | None = None) -> int:
-        """Of a key's replies that were asked for between these moments, in pico-dollars."""
-        waiting = [  # first, as what is brought in meanwhile is then counted twice, not never
-            int(row["cost_picodollars"])
-            for row in self._writer.spool.rows
-            if row["key_id"] == key_id
-            and row["created_ms"] >= begin_ms
-            and (end_ms is None or row["created_ms"] < end_ms)
-        ]
-        return sum(waiting) + await asyncio.to_thread(self._cost, key_id, begin_ms, end_ms)
+    async def cost(self, key_id: int, begin_ms: int, end_ms: int = NEVER_MS) -> int:
+        """Of a key's replies that were asked for between these midnights, in pico-dollars."""
+        return await self._read(
+            lambda books, waiting: read_cost(books, waiting, key_id, begin_ms, end_ms)
+        )
+
+    async def measured(self, model: str, provider: str, now_ms: int) -> Measured:
+        """How a model was answered by somebody lately; rows that wait to be booked do not count."""
+        return await self._read(lambda books, _: read_measured(books, model, provider, now_ms))
 
     def close(self) -> None:
         """Write what is on its way and stop."""
@@ -185,46 +191,17 @@ class Ledger:
             row = connection.execute(found).mappings().first()
         return Generation(**{**row, "ignored": tuple(row["ignored"])}) if row else None
 
-    def _daily_use(
-        self, key_id: int | None, first: datetime.date, last: datetime.date
-    ) -> list[DailyUse]:
-        column = tables.generations.c
-        number = (column.created_ms // _DAY_MS).label("number")
-        sums = [cast(func.sum(column[name]), BigInteger).label(name) for name in _SUMMED]
-        found = (
-            select(number, column.model, func.count().label("requests"), *sums)
-            .where(column.key_id.is_not_distinct_from(key_id))
-            .where(number.between((first - _EPOCH).days, (last - _EPOCH).days))
-            .group_by(number, column.model)
-            .order_by(number.desc(), column.model)
-        )
-        with self._books.connect() as connection:
-            rows = [dict(row) for row in connection.execute(found).mappings()]
-        days = [_EPOCH + datetime.timedelta(days=row.pop("number")) for row in rows]
-        return [DailyUse(day, **row) for day, row in zip(days, rows, strict=True)]
+    async def _read(self, work: Callable[[Connection, Sequence[Row]], T]) -> T:
+        """What it finds in one state of the books, and in the rows that are not in them yet."""
+        spool = self._writer.spool
 
-    def _spent(self, key_id: int | None, today: datetime.date) -> Spent:
-        found = select(*spent_columns(today)).where(
-            tables.generations.c.key_id.is_not_distinct_from(key_id)
-        )
-        with self._books.connect() as connection:
-            return read_spent(connection.execute(found).one())
+        def read() -> T:
+            # First: what is brought in meanwhile is in the books then.
+            waiting = [*spool.rows, *read_waiting(spool.file.parent, but=spool.file)]
+            with one_state(self._books) as connection:
+                return work(connection, not_booked(connection, waiting))
 
-    def _cost(self, key_id: int, begin_ms: int, end_ms: int | None) -> int:
-        column = tables.generations.c
-        found = select(func.sum(column.cost_picodollars)).where(
-            column.key_id == key_id, column.created_ms >= begin_ms
-        )
-        if end_ms is not None:
-            found = found.where(column.created_ms < end_ms)
-        with self._books.connect() as connection:
-            return int(connection.scalar(found) or 0)
-
-    def _spent_by_key(self, today: datetime.date) -> dict[int | None, Spent]:
-        column = tables.generations.c.key_id
-        found = select(column, *spent_columns(today)).group_by(column)
-        with self._books.connect() as connection:
-            return {row[0]: read_spent(row[1:]) for row in connection.execute(found)}
+        return await asyncio.to_thread(read)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, IntegrityError
@@ -67,6 +67,23 @@ def _insert_missing(books: Engine, rows: Sequence[Row]) -> int:
     insert = speaks.insert(tables.generations).on_conflict_do_nothing()
     with books.begin() as connection:
         return sum(connection.execute(insert, dict(row)).rowcount for row in rows)
+
+
+def read_waiting(folder: Path, but: Path | None = None) -> list[Row]:
+    """What processes keep for the books, `but` that file's: some of it may be there by now."""
+    spools = [spool for spool in sorted(folder.glob(f"*{SPOOL}")) if spool != but]
+    return [row for spool in spools for row in read_rows(spool)]
+
+
+def not_booked(connection: Connection, rows: Sequence[Row]) -> list[Row]:
+    """Each once of those whose ids the books do not have."""
+    found = {row["id"]: row for row in rows}
+    ids, column = list(found), tables.generations.c.id
+    for begin in range(0, len(ids), _AT_ONCE):
+        some = select(column).where(column.in_(ids[begin : begin + _AT_ONCE]))
+        for booked in connection.scalars(some):
+            del found[booked]
+    return list(found.values())
 
 
 def _latest(rows: Sequence[Row]) -> list[Row]:

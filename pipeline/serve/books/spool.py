@@ -90,11 +90,16 @@ class Spool:
 
 def read_rows(file: Path) -> list[Row]:
     """Of a spool or a journal; a line that was cut off was promised to nobody."""
+    text, before = b"", None
     try:
-        text = file.read_bytes().partition(b"\0")[0]
+        with file.open("rb") as opened:
+            if opened.read(1) in (b"", b"\0"):
+                return []
+        while text != before:  # its process may be writing into it
+            text, before = file.read_bytes(), text
     except FileNotFoundError:
         return []
-    return [orjson.loads(line) for line in text.split(b"\n")[:-1]]
+    return [orjson.loads(line) for line in text.partition(b"\0")[0].split(b"\n")[:-1]]
 
 
 def lines(rows: Iterable[Row]) -> bytes:

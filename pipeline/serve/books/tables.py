@@ -80,6 +80,28 @@ generations = Table(
     Column("preset", Text),
     Column("cache_source", Text),
     Index(None, "key_id", "created_ms", "cost_picodollars"),
+    Index(None, "created_ms"),
+    Index(None, "model", "provider", "created_ms", "error_type"),
+)
+
+# What generations that were forgotten come to; several rows may have one day, key and place.
+daily_sums = Table(
+    "daily_sums",
+    metadata,
+    Column("day", Integer, nullable=False),
+    Column("key_id", ForeignKey("keys.id")),
+    Column("model", Text, nullable=False),
+    Column("provider", Text, nullable=False),
+    Column("requests", BigInteger, nullable=False),
+    Column("errors", BigInteger, nullable=False),
+    Column("cancelled", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Column("reasoning_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("cost_picodollars", BigInteger, nullable=False),
+    Column("last_ms", BigInteger, nullable=False),
+    Index(None, "key_id", "day"),
 )
 
 uses = Table(

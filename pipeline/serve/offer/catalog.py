@@ -50,7 +50,7 @@ class Served:
     engine_name: str = ""
     """For the books: which kind of engine answers."""
     artefact_hash: str | None = None
-    """For the books: sha256 of what answers, where it lies here."""
+    """For the books: sha256 of what answers, where it lies here and it was written down."""
     title: str = ""
     """What people call it; empty is its name."""
     about: str = ""

@@ -9,11 +9,13 @@ from pipeline.chat import Chat
 from pipeline.engine.choose import EngineChoice, choose_engine
 from pipeline.engine.protocol import Engine
 from pipeline.errors import PipelineError
+from pipeline.run import Run, hash_value
 from pipeline.serve.offer.artefact import Artefact, find_artefact, load
 from pipeline.serve.offer.catalog import Served, Upstream
 from pipeline.serve.offer.choice import refuse_uncertified
 from pipeline.serve.offer.door import Door
 from pipeline.serve.offer.engines import EngineSetup, Room
+from pipeline.serve.offer.hashes import known_hash
 from pipeline.serve.offer.menu import (
     Extended,
     Free,
@@ -86,6 +88,7 @@ class Entry:
                     offer.adapter,
                     author,
                     "url" if setup.urls else setup.kind,
+                    self._hash(setup, offer.adapter),
                     title=terms.title,
                     about=terms.about,
                     variant=offer.variant,
@@ -108,6 +111,22 @@ class Entry:
             return None
         queue = self.source.queue
         return setup.slots + (QUEUE_OF_A_SLOT * setup.slots if queue is None else queue)
+
+    def _hash(self, setup: EngineSetup, adapter: str | None) -> str | None:
+        """Of the weights that answer; of those and an adapter's, one over both."""
+        chosen = self.artefact.chosen
+        weights = chosen.gguf or chosen.checkpoint
+        if setup.load is None or weights is None:
+            return None
+        parts = [weights]
+        if adapter:
+            folder = self.adapters.get(adapter) or chosen.adapter or setup.load.adapters[adapter]
+            trained = Run(folder).adapter
+            parts.append(trained if trained.is_dir() else folder)
+        hashes = [known_hash(part) for part in parts]
+        if None in hashes:
+            return None
+        return hash_value(hashes) if adapter else hashes[0]
 
     def _created(self, setup: EngineSetup, adapter: str | None) -> int:
         if setup.load is None:

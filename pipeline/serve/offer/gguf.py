@@ -4,12 +4,12 @@ import importlib.util
 import logging
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.base.cache import kept
 from pipeline.errors import PipelineError
-from pipeline.run import hash_contents, hash_files, hash_value, read_json, write_json
+from pipeline.run import hash_value
+from pipeline.serve.offer.hashes import hash_once
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def gguf_of(checkpoint: Path) -> Path:
     A smaller format is a recipe's to ask for in `export.gguf`, and is certified by itself.
     """
     files = (file for file in checkpoint.iterdir() if file.suffix in _SUFFIXES)
-    name = f"gguf-{_short_hash(_hash(checkpoint, files))}"
+    name = f"gguf-{_short_hash(hash_once(checkpoint, files))}"
     _make(name, ["--checkpoint", str(checkpoint.resolve())], checkpoint)
     return kept(name) / "model-bf16.gguf"
 
@@ -32,7 +32,7 @@ def gguf_of(checkpoint: Path) -> Path:
 def gguf_adapter_of(adapter: Path, base: Path) -> Path:
     """A LoRA adapter in PEFT's layout as GGUF, to be put on the checkpoint `base`."""
     parts = (adapter / "adapter_config.json", adapter / "adapter_model.safetensors")
-    found = [_hash(adapter, parts), _hash(base, [base / "config.json"])]
+    found = [hash_once(adapter, parts), hash_once(base, [base / "config.json"])]
     name = f"gguf-lora-{_short_hash(found)}"
     where = ["--checkpoint", str(base.resolve()), "--adapter", str(adapter.resolve())]
     _make(name, where, adapter)
@@ -63,16 +63,6 @@ def _make(name: str, arguments: list[str], source: Path) -> None:
     if process.returncode:
         reason = (said.strip().splitlines() or ["no reason given"])[-1]
         raise PipelineError(f"{source} could not be made GGUF: {reason}")
-
-
-def _hash(folder: Path, files: Iterable[Path]) -> str:
-    """One sha256 over files; one that has not changed since is not read again: they are large."""
-    note = kept("hashes") / f"{_short_hash(str(folder.resolve()))}.json"
-    known = read_json(note) if note.is_file() else {}
-    found = hash_files(sorted(files), folder, known)
-    if found != known:
-        write_json(note, {**known, **found})
-    return hash_contents(found)
 
 
 def _short_hash(value: object) -> str:

@@ -250,6 +250,9 @@ class Menu(Section):
     """By default 8000; 0 is any free one."""
     books: str | None = None
     """Of keys and generations: a file, a folder or a database URL."""
+    keep_days: PositiveInt | None = None
+    """After so many days a generation is forgotten, and what each key has used of each model a day
+    is kept; by default nothing is."""
     content: ContentLogging = ContentLogging()
     """Of keys with --log-content; all others leave no word behind."""
     usage_chunk: UsageChunk = "empty"

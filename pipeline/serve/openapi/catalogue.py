@@ -125,6 +125,15 @@ class ModelCount(Shape):
     data: Count
 
 
+class Percentiles(Shape):
+    """So many of a hundred replies were at least as good."""
+
+    p50: float
+    p75: float
+    p90: float
+    p99: float
+
+
 class Endpoint(Shape):
     """Where a model is served. What is not measured is null."""
 
@@ -141,15 +150,18 @@ class Endpoint(Shape):
     supported_parameters: list[str]
     status: int
     """0 is well; less is not."""
-    uptime_last_5m: None
-    uptime_last_30m: None
-    uptime_last_1d: None
+    uptime_last_5m: float | None
+    """Percent of replies that no server has failed."""
+    uptime_last_30m: float | None
+    uptime_last_1d: float | None
     supports_implicit_caching: bool
     supports_voice_cloning: bool
     supports_diarization: bool
     supports_tool_choice: dict[str, bool]
-    latency_last_30m: None
-    throughput_last_30m: None
+    latency_last_30m: Percentiles | None
+    """Milliseconds to the first token, as the next one only for who sends a key."""
+    throughput_last_30m: Percentiles | None
+    """Tokens a second."""
     native_tools: dict[str, Any]
     service_tier: None
 

@@ -1,12 +1,13 @@
 """Which endpoints a client lets answer, and in which order."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from pipeline.errors import Availability, RequestError
-from pipeline.serve.asking.preferences import MaxPrice, Preferences
+from pipeline.serve.asking.preferences import MaxPrice, Preferences, Sort
 from pipeline.serve.offer.price import PICODOLLARS
 from pipeline.serve.routing.endpoint import Endpoint
+from pipeline.serve.routing.speed import is_too_slow, latency, slowness
 
 _MILLION = 10**6
 
@@ -76,21 +77,32 @@ def _is_affordable(endpoint: Endpoint, most: MaxPrice) -> bool:
 
 
 def _ordered(endpoints: Sequence[Endpoint], wanted: Preferences) -> list[Endpoint]:
-    """As the client orders them, else by price if it says so; the rest stay as they are."""
+    """As the client orders them, else by price or speed; the rest stay as they are."""
     order = [word.lower() for word in wanted.order or ()]
 
     def place(endpoint: Endpoint) -> int:
         places = (i for i, word in enumerate(order) if _is_one_of(endpoint, [word]))
         return next(places, len(order))
 
-    if wanted.sorts_by_price and not order:
-        return sorted(endpoints, key=_dollars)
-    return sorted(endpoints, key=place)
+    by = _SORTS.get(wanted.sorted_by or "exacto")
+
+    def rank(endpoint: Endpoint) -> tuple[bool, float]:
+        return is_too_slow(endpoint, wanted), by(endpoint) if by else 0
+
+    # Of one endpoint nothing is read from the ledger.
+    return sorted(endpoints, key=place if order or len(endpoints) == 1 else rank)
 
 
 def _dollars(endpoint: Endpoint) -> float:
     price = endpoint.price
     return math.inf if price is None else price.prompt + price.completion
+
+
+_SORTS: Mapping[Sort, Callable[[Endpoint], float]] = {
+    "price": _dollars,
+    "latency": latency,
+    "throughput": slowness,
+}
 
 
 def _not_allowed(left: Sequence[Endpoint], only: Sequence[str]) -> RequestError:

@@ -1,19 +1,28 @@
 """Who may answer a request for a model: the engine here, or servers elsewhere."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pipeline.engine.protocol import Lane
 from pipeline.serve.asking.order import Order, decide, is_short
 from pipeline.serve.asking.request import ChatRequest
+from pipeline.serve.books.measured import UNMEASURED, Measured
 from pipeline.serve.offer.catalog import Served
 from pipeline.serve.offer.door import Door
 from pipeline.serve.offer.price import Price
 from pipeline.serve.replying.choices import Indexed, answer_all
 from pipeline.serve.replying.events import Tally, Usage
+from pipeline.serve.routing.measuring import Place
 from pipeline.serve.schema import PROVIDER, supported_parameters
+
+Look = Callable[[Place], Measured]
+"""What is known of a place."""
+
+
+def _unseen(_place: Place) -> Measured:
+    return UNMEASURED
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,16 @@ class Endpoint(Protocol):
         """What every reply from there passes."""
         ...
 
+    @property
+    def artefact_hash(self) -> str | None:
+        """sha256 of the weights there, if that is known."""
+        ...
+
+    @property
+    def measured(self) -> Measured:
+        """How it has answered lately, as far as that is known without waiting."""
+        ...
+
     async def is_healthy(self) -> bool:
         """Whether it answers."""
         ...
@@ -103,6 +122,7 @@ class Own:
     served: Served
     provider: str = PROVIDER
     keeps_nothing: bool = True
+    look: Look = _unseen
 
     @property
     def tag(self) -> str:
@@ -124,6 +144,16 @@ class Own:
     def parameters(self) -> frozenset[str]:
         """What the dialogue does, and what the engine does."""
         return frozenset(supported_parameters(self.served.engine.capabilities))
+
+    @property
+    def artefact_hash(self) -> str | None:
+        """Of the weights that answer."""
+        return self.served.artefact_hash
+
+    @property
+    def measured(self) -> Measured:
+        """By the ledger."""
+        return self.look((self.served.slug, self.provider))
 
     @property
     def door(self) -> Door:

@@ -2,16 +2,19 @@
 
 import asyncio
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipeline.engine.protocol import Lane
 from pipeline.serve.asking.reasoning import shows_reasoning
 from pipeline.serve.asking.request import ChatRequest
+from pipeline.serve.books.measured import UNMEASURED, Measured
 from pipeline.serve.offer.catalog import Served, Upstream
 from pipeline.serve.offer.door import Door
 from pipeline.serve.offer.price import Price
 from pipeline.serve.replying.events import Tally
-from pipeline.serve.routing.endpoint import Answering, Endpoint, Own
+from pipeline.serve.routing.endpoint import Answering, Endpoint, Look, Own
+from pipeline.serve.routing.measuring import Measuring
 from pipeline.serve.routing.upstream import SUPPORTED, Elsewhere
 
 
@@ -24,9 +27,11 @@ class Away:
     quantization: str | None = None
     keeps_nothing: bool = False
     """Nobody here can know."""
+    artefact_hash: str | None = None
     parameters: frozenset[str] = SUPPORTED
     door: Door = field(default_factory=Door)
     """It turns away by itself whom it has no room for."""
+    look: Look = field(default=lambda _place: UNMEASURED)
 
     @property
     def provider(self) -> str:
@@ -42,6 +47,11 @@ class Away:
     def price(self) -> Price | None:
         """None if it says by itself what a reply has cost."""
         return self.elsewhere.upstream.price
+
+    @property
+    def measured(self) -> Measured:
+        """By the ledger."""
+        return self.look((self.served.slug, self.provider))
 
     async def is_healthy(self) -> bool:
         """Whether it answers."""
@@ -66,13 +76,20 @@ class Away:
 class Endpoints:
     """Call it with a model. Connections to servers elsewhere are made when first needed."""
 
-    def __init__(self) -> None:
+    def __init__(self, measuring: Measuring) -> None:
+        self._measuring = measuring
         self._elsewhere: dict[Upstream, Elsewhere] = {}
 
     def __call__(self, served: Served) -> list[Endpoint]:
         """In the order in which they are tried unless a client wants another; in an event loop."""
-        away = [Away(served, self._reached(upstream)) for upstream in served.upstreams]
-        return [Own(served), *away]
+        look = self._measuring.latest
+        away = [Away(served, self._reached(upstream), look=look) for upstream in served.upstreams]
+        return [Own(served, look=look), *away]
+
+    async def measure(self, endpoints: Sequence[Endpoint]) -> None:
+        """Wait until what was measured of them is not old."""
+        places = [(endpoint.served.slug, endpoint.provider) for endpoint in endpoints]
+        await asyncio.gather(*map(self._measuring.renew, places))
 
     async def close(self) -> None:
         """Let go of all of them."""

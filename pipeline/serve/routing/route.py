@@ -1,17 +1,18 @@
 """From the models a request names to the endpoints that are tried for it, in order."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.errors import RequestError
-from pipeline.serve.asking.preferences import Preferences, SortBy
+from pipeline.serve.asking.preferences import Preferences, Sort, SortBy
 from pipeline.serve.asking.request import ChatRequest
 from pipeline.serve.offer.catalog import Catalog, Served
 from pipeline.serve.routing.choosing import choose
 from pipeline.serve.routing.endpoint import Endpoint
 from pipeline.serve.schema import PARAMETERS
 
+_SORTS: Mapping[str, Sort] = {"floor": "price", "nitro": "throughput"}
 Strategy = Literal["direct", "free", "latest", "alias", "fallback"]
 """How the model was found, in OpenRouter's words."""
 
@@ -41,8 +42,7 @@ def find_route(
     for model in asked or (None,):
         try:
             served = catalog.find(model)
-            cheapest = _sorted_as(wanted, "price") if _ends(model, ":floor") else wanted
-            chosen = choose(endpoints_of(served), cheapest, _present(request))
+            chosen = choose(endpoints_of(served), _sorted_as(model, wanted), _present(request))
         except RequestError as error:
             refusal = error
             continue
@@ -83,9 +83,7 @@ def _strategy(asked: Sequence[str], first: Served) -> Strategy:
     return "direct"
 
 
-def _ends(model: str | None, ending: str) -> bool:
-    return model is not None and model.lower().endswith(ending)
-
-
-def _sorted_as(wanted: Preferences, by: Literal["price"]) -> Preferences:
-    return wanted.model_copy(update={"sort": SortBy(by=by)})
+def _sorted_as(model: str | None, wanted: Preferences) -> Preferences:
+    """What the end of a model's id asks for, too."""
+    by = _SORTS.get((model or "").lower().rpartition(":")[2])
+    return wanted.model_copy(update={"sort": SortBy(by=by)}) if by else wanted

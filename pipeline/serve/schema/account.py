@@ -8,7 +8,6 @@ from pipeline.serve.books.keys import Key
 from pipeline.serve.books.ledger import DailyUse, Generation
 from pipeline.serve.books.spending import Spent
 from pipeline.serve.offer.price import usd_number
-from pipeline.serve.schema.common import PROVIDER
 
 _OUTPUT = {"completion": "content", "reasoning": "reasoning"}
 WORKSPACE = "default"
@@ -198,24 +197,25 @@ def _content_error(line: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def activity_body(uses: Sequence[DailyUse]) -> dict[str, Any]:
-    """GET /activity: an item for each day and model."""
+    """GET /activity: an item for each day and place."""
     return {"data": [_activity_item(use) for use in uses]}
 
 
-def _activity_item(use: DailyUse) -> dict[str, Any]:
+def _activity_item(daily: DailyUse) -> dict[str, Any]:
+    sums = daily.sums
     return {
-        "date": use.day.isoformat(),
-        "model": use.model,
-        "model_permaslug": use.model,
-        "endpoint_id": use.model,
-        "provider_name": PROVIDER,
-        "usage": usd_number(use.cost_picodollars),
+        "date": daily.day.isoformat(),
+        "model": daily.model,
+        "model_permaslug": daily.model,
+        "endpoint_id": daily.model,
+        "provider_name": daily.provider,
+        "usage": usd_number(sums.cost_picodollars),
         "byok_usage_inference": 0,
-        "requests": use.requests,
-        "prompt_tokens": use.prompt_tokens,
-        "completion_tokens": use.completion_tokens,
-        "reasoning_tokens": use.reasoning_tokens,
-        "cached_tokens": use.cached_tokens,
+        "requests": sums.requests,
+        "prompt_tokens": sums.prompt_tokens,
+        "completion_tokens": sums.completion_tokens,
+        "reasoning_tokens": sums.reasoning_tokens,
+        "cached_tokens": sums.cached_tokens,
     }
 
 
