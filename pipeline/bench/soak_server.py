@@ -86,13 +86,12 @@ async def starting(
 
 
 @asynccontextmanager
-async def scripted() -> AsyncIterator[str]:
-    """The counting engine's address; it ends with this."""
+async def scripted(name: str = "soak_engine", *words: str) -> AsyncIterator[str]:
+    """The address of an engine that is one of the modules beside this one; it ends with this."""
     with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
         number = listener.fileno()
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "pipeline.bench.soak_engine", str(number)), pass_fds=[number]
-        )
+        command = (sys.executable, "-m", f"pipeline.bench.{name}", str(number), *words)
+        process = await asyncio.create_subprocess_exec(*command, pass_fds=[number])
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
         yield url

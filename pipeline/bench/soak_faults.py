@@ -1,0 +1,115 @@
+"""A server over llama.cpp that is harmed at random, stopped and killed; do its books balance?"""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from pipeline.bench.soak_ask import PHASES, RANDOM, THINKING, Told, ask_on
+from pipeline.bench.soak_books import PRICE, balance, check_sums
+from pipeline.bench.soak_client import Client, connecting
+from pipeline.bench.soak_ends import check_cancelled, kill, refuses_locked_books, stop
+from pipeline.bench.soak_findings import Finding, ordered
+from pipeline.bench.soak_harm import Clock, Harms
+from pipeline.bench.soak_server import Server, scripted, serving, set_step
+from pipeline.chat import CALL, END_THINK, Chat
+
+_STEP_S = 0.01
+"""Of the scripted engine, from one token to the next."""
+_CALM_S = 60
+"""After the last harm all must be well again within it."""
+
+
+@dataclass(frozen=True)
+class Faults:
+    """How long a server is harmed, and the number that says by what and when."""
+
+    seed: int
+    seconds: float = 90.0
+    num_clients: int = 8
+    num_streams: int = 20
+    """Under way when the server is stopped, and when it is killed."""
+
+
+async def soak_faults(base: Path, faults: Faults, folder: Path) -> list[Finding]:
+    """One server after another, over the same books."""
+    chat, clock, told = Chat(base), Clock(folder / "clock"), Told()
+    tags = [str(chat.token_id(tag)) for tag in (END_THINK, CALL)]
+    found: list[Finding] = []
+    async with connecting() as session, scripted("gateway_engine", *tags) as thinking:
+        await set_step(thinking, _STEP_S)
+        models = _models(base, thinking, faults)
+        async with serving(models, folder, clock.environment) as server:
+            key = str(server.first_key)
+            client = Client(session, server.url, key)
+            found += await _harm(server, client, faults, told, clock, folder)
+            found += await stop(server, client, faults.num_streams, told)
+        async with serving(models, folder) as server:
+            client = Client(session, server.url, key)
+            found.append(await check_sums(client, folder))
+            streams, killed = await kill(server, client, faults.num_streams, told)
+            found += killed
+        async with serving(models, folder) as server:
+            client = Client(session, server.url, key)
+            found += [check_cancelled(folder, streams), *balance(folder, told)]
+            found.append(await check_sums(client, folder))
+            found += await stop(server, client, 0, told)
+        found.append(await refuses_locked_books(models, folder))
+    return found
+
+
+def _models(base: Path, thinking: str, faults: Faults) -> Sequence[Mapping[str, Any]]:
+    """A random one does not think, so there is one that was told to."""
+    room = {"slots": faults.num_streams, "context": 4096}
+    return [
+        {"slug": RANDOM, "checkpoint": str(base), "engine": "llamacpp", "price": PRICE, **room},
+        {"slug": THINKING, "urls": [thinking], "tokenizer": str(base), "price": PRICE},
+    ]
+
+
+async def _harm(
+    server: Server, client: Client, faults: Faults, told: Told, clock: Clock, folder: Path
+) -> list[Finding]:
+    may_go_on = asyncio.Event()
+    may_go_on.set()
+    harms = Harms(server, folder, random.Random(faults.seed), clock)
+    async with asyncio.TaskGroup() as asking:
+        for number in range(faults.num_clients):
+            dice = random.Random(f"{faults.seed} {number}")
+            asking.create_task(ask_on(client, dice, told, may_go_on))
+        done = await harms.do(faults.seconds)
+        await _wait_until_calm(client)
+        may_go_on.clear()
+    hung_up = ", ".join(f"{phase} {told.hang_ups[phase]}" for phase in PHASES)
+    refused = ", ".join(f"{status}: {num}" for status, num in sorted(told.refusals.items()))
+    return [
+        Finding(
+            f"harmed at random, seed {faults.seed}",
+            _counted(done) + ("" if clock.library else "; no jumps: libfaketime is missing"),
+            len(done) == len(harms.kinds),
+        ),
+        Finding("clients hang up in every phase", hung_up, len(told.hang_ups) == len(PHASES)),
+        ordered("failures are 502, 503 or 504 with their cause", told.wrong, refused),
+    ]
+
+
+async def _wait_until_calm(client: Client) -> None:
+    """Until the engine answers and no row waits for the books."""
+    url = client.url.removesuffix("/api/v1") + "/ready"
+    async with asyncio.timeout(_CALM_S):
+        while True:
+            with suppress(aiohttp.ClientError):
+                async with client.session.get(url) as response:
+                    if response.status == 200:
+                        return
+            await asyncio.sleep(0.2)
+
+
+def _counted(done: Counter[str]) -> str:
+    return ", ".join(f"{name} {num}" for name, num in sorted(done.items()))
