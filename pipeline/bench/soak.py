@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import resource
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from pipeline.bench.soak_load import Overload, Turns, soak_memory, soak_overload
 from pipeline.bench.soak_streams import Streams, soak_streams
 from pipeline.errors import PipelineError
 from pipeline.run import write_json
+from pipeline.serve.server import raise_open_files
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Result:
 
 def soak(base: Path, plan: Plan, folder: Path) -> Result:
     """Each part over a server of its own; writes soak.json."""
-    _raise_open_files()
+    raise_open_files()  # the clients' and the scripted engine's too
     parts: dict[str, Callable[[Path], Awaitable[list[Finding]]]] = {
         "turns": lambda part: soak_memory(base, plan.turns, part),
         "streams": lambda part: soak_streams(base, plan.streams, part),
@@ -86,9 +86,3 @@ async def _bounded(name: str, part: Awaitable[list[Finding]]) -> list[Finding]:
         return await asyncio.wait_for(part, _PATIENCE_S)
     except TimeoutError:
         return [Finding(f"{name} come to an end", f"not within {_PATIENCE_S} s", False)]
-
-
-def _raise_open_files() -> None:
-    """The clients', the scripted engine's too: each stream has a connection to either side."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -73,7 +73,7 @@ async def follow(client: Client, body: Body, told: Told, see: Callable[[Any], No
 
 async def _ask(client: Client, dice: random.Random, told: Told) -> None:
     phase = dice.choice(PHASES) if dice.random() < _SHARE_OF_HANG_UPS else None
-    body = _body(dice)
+    body = _body(dice, phase)
     if phase is None and dice.random() < 0.5:
         told.note(await client.whole(body))
     elif phase == "headers":
@@ -105,13 +105,14 @@ def _phases(chunk: Any) -> set[Phase]:
     return {phase for phase, has_begun in begun.items() if has_begun}
 
 
-def _body(dice: random.Random) -> Body:
+def _body(dice: random.Random, until: Phase | None) -> Body:
     """A question that nobody has asked before, to be thought about or not."""
     thinking = {"max_tokens": dice.randint(8, 48)}
-    return {
+    body = {
         "model": dice.choice([RANDOM, THINKING]),
         "messages": [{"role": "user", "content": f"What is {dice.random()}?"}],
         "reasoning": dice.choice([thinking, {"enabled": False}]),
         "max_tokens": dice.randint(50, 120),
         "seed": dice.getrandbits(31),
     }
+    return body | ({"model": THINKING, "reasoning": thinking} if until == "reasoning" else {})

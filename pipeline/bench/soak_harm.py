@@ -66,17 +66,16 @@ class Harms:
     """Between two."""
 
     async def do(self, seconds: float) -> Counter[str]:
-        """One at a time, each of them once before any is done again; how often each was."""
+        """One at a time, and each at least once; how often each was done."""
         done, clock = Counter[str](), asyncio.get_running_loop().time
         end_s, kinds = clock() + seconds, self.kinds
-        while clock() < end_s:
+        while True:
             for name in self.dice.sample(sorted(kinds), len(kinds)):
+                if clock() >= end_s and len(done) == len(kinds):
+                    return done
                 await kinds[name]()
                 done[name] += 1
                 await asyncio.sleep(self.dice.uniform(*self.pause_s))
-                if clock() >= end_s:
-                    break
-        return done
 
     @property
     def kinds(self) -> dict[str, Harm]:

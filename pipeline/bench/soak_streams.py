@@ -62,7 +62,7 @@ class _Crowd:
 
 
 @dataclass
-class _Reading:
+class Reading:
     """What a stream has told, word by word."""
 
     number: int
@@ -107,7 +107,7 @@ async def _look(server: Server, client: Client, engine: str, streams: Streams) -
     begun_s = clock()
     async with watching(server, peaks), asyncio.TaskGroup() as reading:
         for number, kind in enumerate(kinds):
-            reading.create_task(_read(client, _Reading(number, streams.num_words), kind, crowd))
+            reading.create_task(_read(client, Reading(number, streams.num_words), kind, crowd))
         await crowd.are_quick_over.wait()
         quick_s = clock() - begun_s
         await set_step(engine, 0.0)
@@ -138,7 +138,7 @@ async def _stop(client: Client, engine: str, streams: Streams) -> list[Finding]:
     crowd, given, before = _Crowd(1), 0, -1
     async with asyncio.TaskGroup() as reading:
         for number in range(HEAVY, HEAVY + streams.num_stopped):
-            stopped = _Reading(number, streams.num_heavy_words)
+            stopped = Reading(number, streams.num_heavy_words)
             reading.create_task(_read(client, stopped, "stopped", crowd))
         while not given or given != before:
             await asyncio.sleep(_STILL_S)
@@ -158,7 +158,7 @@ async def _count_given(engine: str) -> int:
     return sum(num_words for number, num_words in given.items() if int(number) >= HEAVY)
 
 
-async def _read(client: Client, reading: _Reading, kind: Kind, crowd: _Crowd) -> None:
+async def _read(client: Client, reading: Reading, kind: Kind, crowd: _Crowd) -> None:
     try:
         await _read_chunks(client, reading, kind, crowd)
         if fault := reading.fault:
@@ -172,7 +172,7 @@ async def _read(client: Client, reading: _Reading, kind: Kind, crowd: _Crowd) ->
             crowd.end_quick()
 
 
-async def _read_chunks(client: Client, reading: _Reading, kind: Kind, crowd: _Crowd) -> None:
+async def _read_chunks(client: Client, reading: Reading, kind: Kind, crowd: _Crowd) -> None:
     is_open = False
     async with aclosing(client.chunks(count_to(reading.num_words, reading.number))) as chunks:
         async for chunk in chunks:

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import ipaddress
 import logging
+import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 PORT = 8000
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_MAX_OPEN_FILES = 65536
 _DROPPED_S = 1  # for what has not ended within the grace period to notice that it is cut
 
 
@@ -47,6 +49,7 @@ def serve(path: Path, settings: Settings, ready: Ready) -> None:
     Call it in the main thread. Raises GateMissed for an artefact whose certificate says that it is
     not the model as trained.
     """
+    raise_open_files()
     menu = check(path, settings)
     port = next((port for port in (settings.port, menu.port) if port is not None), PORT)
     with (
@@ -130,6 +133,15 @@ class _Serving:
                     key = first_key(self.keys) if self.keys else None
                     ready(url, key, catalog.models)
                     await server.serve(sockets=[listener])
+
+
+def raise_open_files() -> None:
+    """Each stream has a file to its client and one to its engine, and many systems grant 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+    if wanted > soft != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        log.info("as many as %d files may be open at once, not %d", wanted, soft)
 
 
 @contextlib.contextmanager
