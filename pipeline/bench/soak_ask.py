@@ -4,7 +4,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -64,11 +64,15 @@ async def ask_on(client: Client, dice: random.Random, told: Told, may_go_on: asy
 
 async def follow(client: Client, body: Body, told: Told, see: Callable[[Any], None]) -> None:
     """A stream as long as its server lives."""
-    with suppress(Refused, aiohttp.ClientError):
+    try:
         async with aclosing(client.chunks(body)) as chunks:
             async for chunk in chunks:
                 see(chunk)
                 told.note(chunk)
+    except Refused as refused:
+        told.refuse(refused.status, refused.message)
+    except aiohttp.ClientError:
+        pass  # it lives no longer
 
 
 async def _ask(client: Client, dice: random.Random, told: Told) -> None:

@@ -44,6 +44,12 @@ class Stream:
     has_end: bool = False
     """Whether it is whole, or was told why not."""
 
+    is_over: bool = False
+
+    def end(self, _: object) -> None:
+        """Nothing more comes."""
+        self.is_over = True
+
     def see(self, chunk: Any) -> None:
         """The next chunk."""
         self.id = chunk["id"]
@@ -63,21 +69,22 @@ async def stop(server: Server, client: Client, num_streams: int, told: Told) -> 
         refusal = await _ask_late(client) if num_streams else ""
         code = await ending
         took_s = time.monotonic() - begun_s
-    cut = [f"{stream.id} ended without a word" for stream in streams if not stream.has_end]
+    cut = [f"{stream.id or 'one'} ended without a word" for stream in streams if not stream.has_end]
     num_whole = sum(stream.is_whole for stream in streams)
     late = [] if refusal in ("", "503") else [f"a new request was told {refusal}"]
+    when = f"SIGTERM in {num_streams} streams"
     return [
         Finding(
-            f"SIGTERM in {num_streams} streams: exit code 0 within the grace period",
-            f"{code} after {took_s:.1f} s of {GRACE_S}",
+            f"{when}: exit code 0 after a grace period of {GRACE_S} s, if it takes that",
+            f"exit code {code} after {took_s:.1f} s",
             code == 0,
         ),
         ordered(
-            "they end whole or with a cause, and new requests get 503",
+            f"{when}: they end whole or with a cause, and new requests get 503",
             cut + late,
             f"{num_whole} whole, {len(streams) - num_whole} cut",
         ),
-        await _nobody_is_left(children),
+        await _nobody_is_left(when, children),
     ]
 
 
@@ -90,7 +97,7 @@ async def kill(
     async with _streaming(client, lengths, told) as streams:
         await asyncio.sleep(_KILLED_S)
         await server.end(signal.SIGKILL)
-    return streams, [await _nobody_is_left(children)]
+    return streams, [await _nobody_is_left(f"kill -9 in {num_streams} streams", children)]
 
 
 def check_cancelled(folder: Path, streams: Sequence[Stream]) -> Finding:
@@ -103,7 +110,7 @@ def check_cancelled(folder: Path, streams: Sequence[Stream]) -> Finding:
         row = rows.get(stream.id)
         if row is None or not row["cancelled"] or row["completion_tokens"] < least:
             faults.append(f"{stream.id}, of which {least} tokens were seen in time, is {row}")
-    law = "after kill -9 what was under way is booked as cancelled, with what was journalled"
+    law = "kill -9: what was under way is booked as cancelled, with what was journalled"
     seen = f"{len(under_way)} of {len(streams)} under way"
     return ordered(law, faults if under_way else ["no stream was under way"], seen)
 
@@ -130,8 +137,9 @@ async def _streaming(
     streams = [Stream() for _ in lengths]
     async with asyncio.TaskGroup() as reading:
         for stream, length in zip(streams, lengths, strict=True):
-            reading.create_task(follow(client, _body(length), told, stream.see))
-        while not all(stream.came_s for stream in streams):
+            following = reading.create_task(follow(client, _body(length), told, stream.see))
+            following.add_done_callback(stream.end)
+        while not all(stream.came_s or stream.is_over for stream in streams):
             await asyncio.sleep(0.01)
         yield streams
 
@@ -159,9 +167,9 @@ def _body(max_tokens: int) -> Body:
     return body
 
 
-async def _nobody_is_left(children: Sequence[psutil.Process]) -> Finding:
+async def _nobody_is_left(when: str, children: Sequence[psutil.Process]) -> Finding:
     with suppress(TimeoutError):
         async with asyncio.timeout(_GONE_S):
             while orphans(children):
                 await asyncio.sleep(0.1)
-    return ordered("no process is left behind", orphans(children), f"{len(children)} had begun")
+    return ordered(f"{when}: no process is left", orphans(children), f"{len(children)} engine")

@@ -90,7 +90,7 @@ async def _harm(
     refused = ", ".join(f"{status}: {num}" for status, num in sorted(told.refusals.items()))
     return [
         Finding(
-            f"harmed at random, seed {faults.seed}",
+            f"harmed at random for {faults.seconds:.0f} s, seed {faults.seed}",
             _counted(done) + ("" if clock.library else "; no jumps: libfaketime is missing"),
             len(done) == len(harms.kinds),
         ),
