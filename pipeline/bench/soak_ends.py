@@ -4,7 +4,7 @@ import asyncio
 import signal
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +20,6 @@ from pipeline.bench.soak_findings import Finding, ordered
 from pipeline.bench.soak_harm import orphans
 from pipeline.bench.soak_server import GRACE_S, Server, books_of, log_of, starting
 
-_ENDS = {"256": -100, "258": -100}
-"""The tokens by which `tiny` would end its turn."""
 _LONG, _MIDDLE, _SHORT = 3900, 100, 40
 """Tokens: more than a grace period is long enough for, less than that, and soon over."""
 _JOURNALLED_S = 2.0
@@ -43,7 +41,6 @@ class Stream:
     is_whole: bool = False
     has_end: bool = False
     """Whether it is whole, or was told why not."""
-
     is_over: bool = False
 
     def end(self, _: object) -> None:
@@ -59,45 +56,82 @@ class Stream:
             self.came_s.append(time.monotonic())
 
 
-async def stop(server: Server, client: Client, num_streams: int, told: Told) -> list[Finding]:
-    """SIGTERM in the middle of streams: they end, then the server does, and all it has started."""
-    children, num_long = server.children(), num_streams // 2
-    lengths = [_LONG] * num_long + [_MIDDLE] * (num_streams - num_long)
-    async with _streaming(client, lengths, told) as streams:
-        begun_s = time.monotonic()
-        ending = asyncio.create_task(server.end(signal.SIGTERM))
-        refusal = await _ask_late(client) if num_streams else ""
-        code = await ending
-        took_s = time.monotonic() - begun_s
-    cut = [f"{stream.id or 'one'} ended without a word" for stream in streams if not stream.has_end]
-    num_whole = sum(stream.is_whole for stream in streams)
-    late = [] if refusal in ("", "503") else [f"a new request was told {refusal}"]
-    when = f"SIGTERM in {num_streams} streams"
-    return [
-        Finding(
-            f"{when}: exit code 0 after a grace period of {GRACE_S} s, if it takes that",
-            f"exit code {code} after {took_s:.1f} s",
-            code == 0,
-        ),
-        ordered(
-            f"{when}: they end whole or with a cause, and new requests get 503",
-            cut + late,
-            f"{num_whole} whole, {len(streams) - num_whole} cut",
-        ),
-        await _nobody_is_left(when, children),
-    ]
+@dataclass(frozen=True)
+class Ending:
+    """Of a server in the middle of streams."""
 
+    server: Server
+    client: Client
+    told: Told
+    end_ids: Sequence[int]
+    """Tokens that would end a reply; the model is kept from them."""
 
-async def kill(
-    server: Server, client: Client, num_streams: int, told: Told
-) -> tuple[Sequence[Stream], list[Finding]]:
-    """SIGKILL in the middle of streams, some of which have ended."""
-    children = server.children()
-    lengths = [_SHORT, *[_LONG] * (num_streams - 1)]
-    async with _streaming(client, lengths, told) as streams:
-        await asyncio.sleep(_KILLED_S)
-        await server.end(signal.SIGKILL)
-    return streams, [await _nobody_is_left(f"kill -9 in {num_streams} streams", children)]
+    async def stop(self, num_streams: int) -> list[Finding]:
+        """SIGTERM: the streams end, then the server does, and all that it has started."""
+        children, num_long = self.server.children(), num_streams // 2
+        async with self._streaming([_LONG] * num_long + [_MIDDLE] * num_long) as streams:
+            begun_s = time.monotonic()
+            ending = asyncio.create_task(self.server.end(signal.SIGTERM))
+            refusal = await self._ask_late() if streams else ""
+            code = await ending
+            took_s = time.monotonic() - begun_s
+        cut = [f"{s.id or 'one'} ended without a word" for s in streams if not s.has_end]
+        num_whole = sum(stream.is_whole for stream in streams)
+        late = [] if refusal in ("", "503") else [f"a new request was told {refusal}"]
+        when = f"SIGTERM in {num_streams} streams"
+        return [
+            Finding(
+                f"{when}: exit code 0 after a grace period of {GRACE_S} s, if it takes that",
+                f"exit code {code} after {took_s:.1f} s",
+                code == 0,
+            ),
+            ordered(
+                f"{when}: they end whole or with a cause, and new requests get 503",
+                cut + late,
+                f"{num_whole} whole, {len(streams) - num_whole} cut",
+            ),
+            await _nobody_is_left(when, children),
+        ]
+
+    async def kill(self, num_streams: int) -> tuple[Sequence[Stream], list[Finding]]:
+        """SIGKILL, when one of the streams has ended."""
+        children = self.server.children()
+        async with self._streaming([_SHORT, *[_LONG] * (num_streams - 1)]) as streams:
+            await asyncio.sleep(_KILLED_S)
+            await self.server.end(signal.SIGKILL)
+        return streams, [await _nobody_is_left(f"kill -9 in {num_streams} streams", children)]
+
+    @asynccontextmanager
+    async def _streaming(self, lengths: Sequence[int]) -> AsyncIterator[Sequence[Stream]]:
+        """So many streams, each of which has begun; at the end all are over."""
+        streams = [Stream() for _ in lengths]
+        async with asyncio.TaskGroup() as reading:
+            for stream, length in zip(streams, lengths, strict=True):
+                following = follow(self.client, self._body(length), self.told, stream.see)
+                reading.create_task(following).add_done_callback(stream.end)
+            while not all(stream.came_s or stream.is_over for stream in streams):
+                await asyncio.sleep(0.01)
+            yield streams
+
+    async def _ask_late(self) -> str:
+        """What a server that is about to end says to a new request."""
+        await asyncio.sleep(0.2)
+        try:
+            await self.client.whole(self._body(_SHORT))
+        except Refused as refused:
+            return f"{refused.status}" if refused.retry_after else f"{refused.status} alone"
+        except aiohttp.ClientError:
+            return ""  # it has ended already
+        return "a reply"
+
+    def _body(self, max_tokens: int) -> Body:
+        return {
+            "model": RANDOM,
+            "messages": [{"role": "user", "content": "Go on."}],
+            "reasoning": {"enabled": False},
+            "max_tokens": max_tokens,
+            "logit_bias": {str(end_id): -100 for end_id in self.end_ids},
+        }
 
 
 def check_cancelled(folder: Path, streams: Sequence[Stream]) -> Finding:
@@ -105,7 +139,7 @@ def check_cancelled(folder: Path, streams: Sequence[Stream]) -> Finding:
     rows, faults = read_rows(folder), []
     under_way = [stream for stream in streams if not stream.has_end]
     for stream in under_way:
-        until_s = max(s.came_s[-1] for s in streams) - _JOURNALLED_S
+        until_s = max(s.came_s[-1] for s in streams if s.came_s) - _JOURNALLED_S
         least = sum(came_s < until_s for came_s in stream.came_s)
         row = rows.get(stream.id)
         if row is None or not row["cancelled"] or row["completion_tokens"] < least:
@@ -127,44 +161,6 @@ async def refuses_locked_books(models: Sequence[Any], folder: Path) -> Finding:
     said = lines[-1] if lines else "nothing"
     is_kept = code == REFUSED and "cannot be written" in said
     return Finding("books that cannot be written are refused", f"exit code {code}", is_kept)
-
-
-@asynccontextmanager
-async def _streaming(
-    client: Client, lengths: Sequence[int], told: Told
-) -> AsyncIterator[Sequence[Stream]]:
-    """So many streams, each of which has begun; at the end all are over."""
-    streams = [Stream() for _ in lengths]
-    async with asyncio.TaskGroup() as reading:
-        for stream, length in zip(streams, lengths, strict=True):
-            following = reading.create_task(follow(client, _body(length), told, stream.see))
-            following.add_done_callback(stream.end)
-        while not all(stream.came_s or stream.is_over for stream in streams):
-            await asyncio.sleep(0.01)
-        yield streams
-
-
-async def _ask_late(client: Client) -> str:
-    """What a server that is about to end says to a new request."""
-    await asyncio.sleep(0.2)
-    try:
-        await client.whole(_body(_SHORT))
-    except Refused as refused:
-        return f"{refused.status}" if refused.retry_after else f"{refused.status} alone"
-    except aiohttp.ClientError:
-        return ""  # it has ended already
-    return "a reply"
-
-
-def _body(max_tokens: int) -> Body:
-    body: Mapping[str, Any] = {
-        "model": RANDOM,
-        "messages": [{"role": "user", "content": "Go on."}],
-        "reasoning": {"enabled": False},
-        "max_tokens": max_tokens,
-        "logit_bias": _ENDS,
-    }
-    return body
 
 
 async def _nobody_is_left(when: str, children: Sequence[psutil.Process]) -> Finding:

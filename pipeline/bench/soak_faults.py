@@ -2,10 +2,9 @@
 
 import asyncio
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import aiohttp
 from pipeline.bench.soak_ask import PHASES, RANDOM, THINKING, Told, ask_on
 from pipeline.bench.soak_books import PRICE, balance, check_sums
 from pipeline.bench.soak_client import Client, connecting
-from pipeline.bench.soak_ends import check_cancelled, kill, refuses_locked_books, stop
+from pipeline.bench.soak_ends import Ending, check_cancelled, refuses_locked_books
 from pipeline.bench.soak_findings import Finding, ordered
 from pipeline.bench.soak_harm import Clock, Harms
 from pipeline.bench.soak_server import Server, scripted, serving, set_step
@@ -41,27 +40,28 @@ async def soak_faults(base: Path, faults: Faults, folder: Path) -> list[Finding]
     """One server after another, over the same books."""
     chat, clock, told = Chat(base), Clock(folder / "clock"), Told()
     tags = [str(chat.token_id(tag)) for tag in (END_THINK, CALL)]
+    end_ids = (chat.end_of_turn_id, chat.token_id("<|endoftext|>"))
     found: list[Finding] = []
     async with connecting() as session, scripted("gateway_engine", *tags) as thinking:
         await set_step(thinking, _STEP_S)
         models = _models(base, thinking, faults)
         async with serving(models, folder, clock.environment) as server:
-            key = str(server.first_key)
-            client = Client(session, server.url, key)
+            client = Client(session, server.url, str(server.first_key))
             found += await _harm(server, client, faults, told, clock, folder)
-            found += await stop(server, client, faults.num_streams, told)
+            found += await Ending(server, client, told, end_ids).stop(faults.num_streams)
         async with serving(models, folder) as server:
-            client = Client(session, server.url, key)
+            client = replace(client, url=server.url)
             found.append(await check_sums(client, folder))
-            streams, killed = await kill(server, client, faults.num_streams, told)
+            streams, killed = await Ending(server, client, told, end_ids).kill(faults.num_streams)
             found += killed
         async with serving(models, folder) as server:
-            client = Client(session, server.url, key)
+            client = replace(client, url=server.url)
             found += [check_cancelled(folder, streams), *balance(folder, told)]
             found.append(await check_sums(client, folder))
-            found += await stop(server, client, 0, told)
+            found += await Ending(server, client, told, end_ids).stop(0)
         found.append(await refuses_locked_books(models, folder))
-    return found
+    law = "failures are 502, 503 or 504 with their cause"
+    return [*found, ordered(law, told.wrong, _counted(told.refusals))]
 
 
 def _models(base: Path, thinking: str, faults: Faults) -> Sequence[Mapping[str, Any]]:
@@ -84,10 +84,9 @@ async def _harm(
             dice = random.Random(f"{faults.seed} {number}")
             asking.create_task(ask_on(client, dice, told, may_go_on))
         done = await harms.do(faults.seconds)
-        await _wait_until_calm(client)
+        is_calm = await _becomes_calm(client)
         may_go_on.clear()
     hung_up = ", ".join(f"{phase} {told.hang_ups[phase]}" for phase in PHASES)
-    refused = ", ".join(f"{status}: {num}" for status, num in sorted(told.refusals.items()))
     return [
         Finding(
             f"harmed at random for {faults.seconds:.0f} s, seed {faults.seed}",
@@ -95,21 +94,23 @@ async def _harm(
             len(done) == len(harms.kinds),
         ),
         Finding("clients hang up in every phase", hung_up, len(told.hang_ups) == len(PHASES)),
-        ordered("failures are 502, 503 or 504 with their cause", told.wrong, refused),
+        Finding("afterwards it is ready again", f"within {_CALM_S} s: {is_calm}", is_calm),
     ]
 
 
-async def _wait_until_calm(client: Client) -> None:
-    """Until the engine answers and no row waits for the books."""
+async def _becomes_calm(client: Client) -> bool:
+    """Whether the engine answers soon, and not too many rows wait for the books."""
     url = client.url.removesuffix("/api/v1") + "/ready"
-    async with asyncio.timeout(_CALM_S):
-        while True:
-            with suppress(aiohttp.ClientError):
-                async with client.session.get(url) as response:
-                    if response.status == 200:
-                        return
-            await asyncio.sleep(0.2)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_CALM_S):
+            while True:
+                with suppress(aiohttp.ClientError):
+                    async with client.session.get(url) as response:
+                        if response.status == 200:
+                            return True
+                await asyncio.sleep(0.2)
+    return False
 
 
-def _counted(done: Counter[str]) -> str:
-    return ", ".join(f"{name} {num}" for name, num in sorted(done.items()))
+def _counted(counts: Mapping[Any, int]) -> str:
+    return ", ".join(f"{what}: {num}" for what, num in sorted(counts.items()))
