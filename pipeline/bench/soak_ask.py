@@ -76,7 +76,8 @@ async def follow(client: Client, body: Body, told: Told, see: Callable[[Any], No
 
 
 async def _ask(client: Client, dice: random.Random, told: Told) -> None:
-    phase = dice.choice(PHASES) if dice.random() < _SHARE_OF_HANG_UPS else None
+    rarest = min(PHASES, key=lambda phase: (told.hang_ups[phase], dice.random()))
+    phase = rarest if dice.random() < _SHARE_OF_HANG_UPS else None
     body = _body(dice, phase)
     if phase is None and dice.random() < 0.5:
         told.note(await client.whole(body))

@@ -21,7 +21,7 @@ from pipeline.errors import PipelineError
 _READY_S = 120
 GRACE_S = 10
 """Of `pipeline serve`: so long may running replies take after the signal to stop."""
-_MORE_S = 5
+_MORE_S = 10
 """For what comes after that: the engine's end, and the last rows."""
 
 

@@ -30,7 +30,6 @@ class Streams:
     num_words: int = 120
     step_s: float = 0.25
     """Of the engine, from one word to the next."""
-
     num_stopped: int = 5
     """Readers that stop of streams too long for any buffer."""
     num_heavy_words: int = 6000
