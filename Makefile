@@ -9,6 +9,7 @@
 # make bench-merge  time, memory and disk of a merge of 16.4 GB, beside a copy (35 GB of free disk)
 # make bench-engine tokens a second through the server beside the engine alone
 # make bench-gateway  what the server costs itself, beside a bare forwarder and LiteLLM's proxy
+# make soak         1,000 streams, leaks, overload, faults at random and kill -9; 5 minutes
 # make all RECIPE=recipes/NAME.yaml   the chain of stages; each stage is a target of its own too
 
 RECIPE ?= recipes/demo.yaml
@@ -27,7 +28,7 @@ TESTS := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 QUESTION := With what request header do I opt in to response caching?
 SYSTEM := You are the support assistant for the OpenRouter chat API.
 
-.PHONY: demo all data plan train merge export certify evaluate serve compressor engine-vllm vllm-cuda vllm-cpu clients postgres test test-all check bench-data bench-train bench-merge bench-engine bench-gateway constraints clean
+.PHONY: demo all data plan train merge export certify evaluate serve compressor engine-vllm vllm-cuda vllm-cpu clients postgres test test-all check bench-data bench-train bench-merge bench-engine bench-gateway soak constraints clean
 
 demo: .venv/ready bases/demo/base.json
 	$(PIPELINE) check recipes/demo.yaml
@@ -155,6 +156,10 @@ bench-engine: bases/demo/base.json
 
 bench-gateway: bases/demo/base.json .venv-litellm/ready
 	$(PIPELINE) bench gateway
+
+# Its clock jumps only where libfaketime is: apt-get install libfaketime
+soak: bases/tiny/base.json
+	$(PIPELINE) bench soak
 
 # LiteLLM's proxy, for this comparison alone: it wants other versions than the server does.
 .venv-litellm/ready:

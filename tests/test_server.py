@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
+import psutil
 import pytest
 from elsewhere import free_port, llamacpp_at
 from scripted import ScriptedEngine
@@ -139,6 +141,20 @@ def test_a_taken_port_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
         serve(tmp_path, Settings(port=port), lambda *_: None)
     with pytest.raises(BaseError, match="is not a tokenizer"):
         serve(tmp_path, Settings(port=0), lambda *_: None)
+
+
+def test_a_server_may_have_as_many_files_open_as_the_system_grants(
+    process: Start, tiny_gguf: Path
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    try:
+        running = process(tiny_gguf)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    address_of(running)
+
+    assert psutil.Process(running.pid).rlimit(resource.RLIMIT_NOFILE) == (min(hard, 65536), hard)
 
 
 def test_a_port_is_taken_before_the_model_is_loaded() -> None:

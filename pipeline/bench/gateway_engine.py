@@ -36,12 +36,12 @@ class Engine:
             await self._stream(send, routes[path](orjson.loads(await read_body(receive))))
         elif path == "/step":
             self.step_s = float(await read_body(receive))
-            await _answer(send, 200, {})
+            await answer(send, 200, {})
         elif path == "/v1/models":
             card = {"id": MODEL, "owned_by": "vllm", "max_model_len": CONTEXT_TOKENS}
-            await _answer(send, 200, {"data": [card]})
+            await answer(send, 200, {"data": [card]})
         else:
-            await _answer(send, 404, {"error": path})
+            await answer(send, 404, {"error": path})
 
     async def _stream(self, send: Send, events: Iterator[bytes]) -> None:
         headers = [(b"content-type", b"text/event-stream")]
@@ -52,9 +52,7 @@ class Engine:
         await send({"type": "http.response.body", "body": _DONE})
 
     def _completion(self, body: dict[str, Any]) -> Iterator[bytes]:
-        part = self.script.part(
-            body["stop_token_ids"], body["max_tokens"], is_held="structured_outputs" in body
-        )
+        part = self._part(body)
         usage = {"prompt_tokens": len(body["prompt"])}
         for num_tokens, (text, finish, stop_id) in enumerate(_steps(part), start=1):
             usage["completion_tokens"] = num_tokens
@@ -68,6 +66,12 @@ class Engine:
             }
             yield _event("text_completion", [choice], usage)
         yield _event("text_completion", [], usage)
+
+    def _part(self, body: dict[str, Any]) -> Part:
+        """What is said to it."""
+        return self.script.part(
+            body["stop_token_ids"], body["max_tokens"], is_held="structured_outputs" in body
+        )
 
     def _chat_completion(self, body: dict[str, Any]) -> Iterator[bytes]:
         for text, finish, _ in _steps(self.script.part((), body["max_tokens"], is_held=False)):
@@ -110,7 +114,8 @@ async def read_body(receive: Receive) -> bytes:
     return body
 
 
-async def _answer(send: Callable[[Any], Awaitable[None]], status: int, value: Any) -> None:
+async def answer(send: Callable[[Any], Awaitable[None]], status: int, value: Any) -> None:
+    """JSON."""
     body = orjson.dumps(value)
     headers = [(b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})

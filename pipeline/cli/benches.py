@@ -120,3 +120,31 @@ def bench_gateway(
     numbers = [int(number) for number in streams.split(",")]
     with TemporaryDirectory(prefix="bench-gateway-") as folder:
         say(table(measure(base, litellm, numbers, rounds, keep or Path(folder))))
+
+
+@commands.command("soak")
+def bench_soak(
+    base: Annotated[
+        Path, typer.Option(help="A checkpoint; the smaller, the harder the server works.")
+    ] = Path("bases/tiny"),
+    seconds: Annotated[float, typer.Option(min=1, help="Of faults at random.")] = 90.0,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the faults.", show_default="a new one each time")
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="An empty folder for what is made; else nothing stays.")
+    ] = None,
+) -> None:
+    """What a server promises under load, faults and kill -9; exit code 1 for what it breaks."""
+    import secrets
+    from tempfile import TemporaryDirectory
+
+    from pipeline.bench.soak import Plan, soak, table
+    from pipeline.bench.soak_faults import Faults
+
+    faults = Faults(secrets.randbelow(10**6) if seed is None else seed, seconds)
+    say(f"faults by --seed {faults.seed}")
+    with TemporaryDirectory(prefix="bench-soak-") as folder:
+        result = soak(base, Plan(faults), keep or Path(folder))
+        say(table(result))
+        result.check()

@@ -180,7 +180,7 @@ class Connection:
         except aiohttp.SocketTimeoutError as error:
             raise EngineTimeout(f"{self.name} at {self.url} has said nothing for long") from error
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise self.died("does not answer") from error
+            raise self.died(f"does not answer ({type(error).__name__})") from error
 
     def _refusal(self, response: aiohttp.ClientResponse, body: bytes) -> EngineError:
         try:

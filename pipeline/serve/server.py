@@ -5,6 +5,7 @@ import contextlib
 import functools
 import ipaddress
 import logging
+import resource
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from pipeline.serve.settings import Settings, read_target
 log = logging.getLogger(__name__)
 
 PORT = 8000
+_MAX_OPEN_FILES = 65536
 
 
 Ready = Callable[[str, str | None, Sequence[Served]], None]
@@ -45,6 +47,7 @@ def serve(path: Path, settings: Settings, ready: Ready) -> None:
     Call it in the main thread. Raises GateMissed for an artefact whose certificate says that it is
     not the model as trained.
     """
+    raise_open_files()
     menu = check(path, settings)
     take_port = listen if settings.workers == 1 else share
     port = next((port for port in (settings.port, menu.port) if port is not None), PORT)
@@ -118,3 +121,12 @@ def _is_loopback(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
+
+
+def raise_open_files() -> None:
+    """Each stream has a file to its client and one to its engine, and many systems grant 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+    if wanted > soft != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        log.info("as many as %d files may be open at once, not %d", wanted, soft)
