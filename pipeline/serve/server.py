@@ -21,6 +21,7 @@ from pipeline.serve.books.database import open_books
 from pipeline.serve.books.keys import Keys, first_key
 from pipeline.serve.books.ledger import Ledger, open_ledger
 from pipeline.serve.control import obeying
+from pipeline.serve.monitoring.traces import Traces, open_traces
 from pipeline.serve.offer.catalog import Catalog, Served
 from pipeline.serve.offer.entries import read_entries
 from pipeline.serve.offer.fleet import Fleet
@@ -53,12 +54,13 @@ def serve(path: Path, settings: Settings, ready: Ready) -> None:
         _listen(settings.host, port) as listener,
         open_books(settings.books or menu.books) as books,
         open_ledger(books) as ledger,
+        open_traces() as traces,
         # Half of asyncio's own time for every event of a stream.
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         style = ChatStyle(menu.usage_chunk, has_reasoning_content=settings.is_provider)
         keys = _who_may_ask(Keys(books), settings)
-        serving = _Serving(path, settings, keys, ledger, style)
+        serving = _Serving(path, settings, keys, ledger, style, traces)
         runner.run(serving.run(listener, ready))
 
 
@@ -98,6 +100,7 @@ class _Serving:
     """None lets everybody in."""
     ledger: Ledger
     style: ChatStyle
+    traces: Traces | None = None
 
     async def run(self, listener: socket.socket, ready: Ready) -> None:
         """Until a signal comes; while the engines start, it stops that."""
@@ -113,7 +116,7 @@ class _Serving:
     ) -> None:
         _on_signals(starting.cancel)
         catalog, fleet = Catalog([]), Fleet()
-        app = App(catalog, self.keys, self.ledger, style=self.style)
+        app = App(catalog, self.keys, self.ledger, style=self.style, traces=self.traces)
         server = _Server(_configure(app))
         read = functools.partial(read_target, self.path, self.settings)
         requests = server.server_state.tasks

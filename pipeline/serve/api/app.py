@@ -21,6 +21,7 @@ from pipeline.serve.api.routes import Handler, PartHandler, Routes
 from pipeline.serve.books.keys import Key, Keys
 from pipeline.serve.books.ledger import Ledger
 from pipeline.serve.monitoring.metrics import CONTENT_TYPE, Metrics
+from pipeline.serve.monitoring.traces import Traces
 from pipeline.serve.offer.catalog import Catalog
 from pipeline.serve.openapi.description import Description
 from pipeline.serve.routing.endpoints import Endpoints
@@ -76,6 +77,7 @@ class App:
     style: ChatStyle = USUAL
     cache: ResponseCache = field(default_factory=ResponseCache)
     metrics: Metrics = field(default_factory=Metrics)
+    traces: Traces | None = None
 
     async def close(self) -> None:
         """Let go of connections to servers elsewhere; the engines are their owner's."""
@@ -166,6 +168,18 @@ class App:
                 if not exchange.is_counted:
                     self.metrics.refused(failure.status, key)
                 raise failure from error
+
+        return self._traced(answer)
+
+    def _traced(self, handler: Handler) -> Handler:
+        traces = self.traces
+        if traces is None:
+            return handler
+
+        async def answer(exchange: Exchange) -> None:
+            path = exchange.scope["path"].rstrip("/")
+            with traces.request(path, exchange.headers) as exchange.trace:
+                await handler(exchange)
 
         return answer
 

@@ -12,6 +12,7 @@ import orjson
 from starlette.types import Message, Receive, Scope, Send
 
 from pipeline.errors import RequestError
+from pipeline.serve.monitoring.traces import Trace
 from pipeline.serve.skins.chat import CHAT
 from pipeline.serve.skins.skin import Skin
 
@@ -68,6 +69,8 @@ class Exchange:
         """The dialect that a failure is told in."""
         self.metadata: dict[str, Any] | None = None
         """How far the request got, if the client wants to know; for a failure to tell."""
+        self.trace: Trace | None = None
+        """Where it is told, if anywhere."""
         self.last_write_s = 0.0
         """When something was last sent, by the event loop's clock."""
         self._receive = receive
