@@ -27,6 +27,7 @@ from pipeline.serve.offer.entries import read_entries
 from pipeline.serve.offer.fleet import Fleet
 from pipeline.serve.offer.menu import Menu
 from pipeline.serve.offer.offering import Offering
+from pipeline.serve.receiving import BoundedProtocol
 from pipeline.serve.schema.reply import ChatStyle
 from pipeline.serve.settings import Settings, read_target
 
@@ -117,7 +118,7 @@ class _Serving:
         _on_signals(starting.cancel)
         catalog, fleet = Catalog([]), Fleet()
         app = App(catalog, self.keys, self.ledger, style=self.style, traces=self.traces)
-        server = _Server(_configure(app))
+        server = _Server(configure(app))
         read = functools.partial(read_target, self.path, self.settings)
         requests = server.server_state.tasks
         offering = Offering(self.path, read, catalog, fleet, lambda: requests)
@@ -179,9 +180,11 @@ def _leave_signals() -> None:
         loop.remove_signal_handler(number)
 
 
-def _configure(app: App) -> uvicorn.Config:
+def configure(app: App) -> uvicorn.Config:
+    """How HTTP is spoken."""
     return uvicorn.Config(
         app,
+        http=BoundedProtocol,
         log_config=None,
         access_log=False,
         server_header=False,
