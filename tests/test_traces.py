@@ -260,6 +260,10 @@ def test_what_cannot_be_told_is_one_sentence(monkeypatch: pytest.MonkeyPatch) ->
         without.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
         with pytest.raises(PipelineError, match=r"is not installed: pip install '\.\[traces\]'"):
             open_traces().__enter__()
+    with monkeypatch.context() as without:
+        without.setenv(ENDPOINT, "collector:4318")
+        with pytest.raises(PipelineError, match=r"ENDPOINT must begin with http:// or https://$"):
+            open_traces().__enter__()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
     with pytest.raises(PipelineError, match=r"PROTOCOL=grpc is not spoken here; set it to http/"):
         open_traces().__enter__()

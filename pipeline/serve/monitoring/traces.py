@@ -62,12 +62,14 @@ def _is_wanted() -> bool:
     said = {name: text.strip().lower() for name, text in os.environ.items() if "OTEL_" in name}
     if said.get("OTEL_SDK_DISABLED") == "true" or said.get("OTEL_TRACES_EXPORTER") == "none":
         return False
-    if not any(said.get(name) for name in _ENDPOINTS):
-        return False
+    endpoints = {name: said[name] for name in _ENDPOINTS if said.get(name)}
+    for name, url in endpoints.items():
+        if not url.startswith(("http://", "https://")):
+            raise PipelineError(f"{name} must begin with http:// or https://")
     for name in _PROTOCOLS:
         if said.get(name, _SPOKEN) not in ("", _SPOKEN):
             raise PipelineError(f"{name}={said[name]} is not spoken here; set it to {_SPOKEN}")
-    return True
+    return bool(endpoints)
 
 
 def _provider() -> "TracerProvider":
