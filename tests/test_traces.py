@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from asking import CHAT, Refused, Server, chunks
@@ -124,6 +126,23 @@ def test_the_clients_trace_goes_on_here_and_in_the_server_that_is_asked(
         "ask Pipeline",
         "provider_unavailable",
     )
+
+
+def test_requests_behind_each_other_on_a_connection_are_apart(
+    collector: Collector, chat: Chat
+) -> None:
+    body = json.dumps({"messages": MESSAGES}).encode()
+    head = f"POST /v1{CHAT} HTTP/1.1\r\nhost: here\r\ncontent-length: {len(body)}\r\n\r\n"
+    with traced(chat, ScriptedEngine(THOUGHT, delay_s=0.01)) as server:
+        host, port = urlsplit(server.url).netloc.split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall((head.encode() + body) * 3)
+            answers = b""
+            while answers.count(b'"total_tokens"') < 3:
+                answers += connection.recv(65536)
+
+    spans = [span for span in collector.spans if span.name == "chat local/tiny"]
+    assert [span.parent_id for span in spans] == [""] * 3
 
 
 def test_no_word_no_key_and_no_header_is_told(
