@@ -94,12 +94,10 @@ class Traces:
 
     def __init__(self, provider: "TracerProvider") -> None:
         from opentelemetry import trace
-        from opentelemetry.context import Context
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self._tracer = provider.get_tracer("pipeline")
         self._wire = TraceContextTextMapPropagator()
-        self._nothing = Context()
         self._kinds = trace.SpanKind
         self._bad = trace.StatusCode.ERROR
 
@@ -109,8 +107,7 @@ class Traces:
         told = {"http.request.method": "POST", "http.route": path}
         with self._tracer.start_as_current_span(
             f"POST {path}",
-            # Not below what is current: behind a request on the same connection that is its span.
-            self._wire.extract(headers, self._nothing),
+            self._wire.extract(headers),
             self._kinds.SERVER,
             told,
             record_exception=False,
