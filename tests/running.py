@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from pipeline.serve.api.app import App
-from pipeline.serve.server import configure
+from pipeline.serve.gateway import configure
 
 
 @contextmanager

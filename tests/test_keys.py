@@ -206,12 +206,21 @@ def test_keys_are_listed_from_the_users_own_books_without_secrets(tmp_path: Path
 
 LIMITS = (
     *("--limit", "2.50", "--limit-reset", "weekly", "--requests-per-minute", "60"),
-    *("--tokens-per-minute", "9000", "--streams", "4", "--models", "me/a, me/b:free"),
-    *("--expires", "2099-01-31T12:30"),
+    *(
+        "--tokens-per-minute",
+        "9000",
+        "--streams",
+        "4",
+        "--priority",
+        "low",
+        "--models",
+        "me/a, me/b:free",
+    ),
+    *("--models", "me/a, me/b:free", "--expires", "2099-01-31T12:30"),
 )
 SAID = (
     "used 1.5 USD  limit 2.5 USD weekly, 2.5 left  60 requests a minute  9000 tokens a minute  "
-    "4 at the same time  asks me/a, me/b:free  expires 2099-01-31 12:30 UTC"
+    "4 at the same time  low priority  asks me/a, me/b:free  expires 2099-01-31 12:30 UTC"
 )
 
 
@@ -378,8 +387,24 @@ def back_to_0002(books: Engine) -> None:
     with books.begin() as connection:
         for name in new:
             connection.exec_driver_sql(f"ALTER TABLE keys DROP COLUMN {name}")
+        for table in ("uses", "processes"):
+            connection.exec_driver_sql(f"DROP TABLE {table}")
         connection.exec_driver_sql("DROP INDEX ix_generations_key_id")
         connection.exec_driver_sql(
             "CREATE INDEX ix_generations_key_id ON generations (key_id, created_ms)"
         )
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0002'")
+
+
+def test_content_is_logged_of_a_key_only_while_it_says_so(commands: Commands):
+    create(commands, "quiet")
+    create(commands, "teacher", "--log-content")
+    quiet, teacher = commands.keys.all()
+    first, second = commands("list").splitlines()
+
+    assert (quiet.log_content, teacher.log_content) == (False, True)
+    assert ("content is logged" in first, "content is logged" in second) == (False, True)
+    assert commands("limit", "quiet", "--log-content").endswith("content is logged\n")
+    assert "content" not in commands("limit", "teacher", "--no-log-content")
+    commands("limit", "quiet", "--streams", "3")
+    assert [key.log_content for key in commands.keys.all()] == [True, False]

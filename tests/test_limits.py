@@ -1,6 +1,7 @@
 """What a key may use: parallel requests, moved clocks and restarts find no way around a limit."""
 
 import asyncio
+import contextlib
 import datetime
 import json
 import logging
@@ -15,15 +16,18 @@ from books import generation
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inside import Answer, ask
+from postgres import Postgres
 from scripted import ScriptedEngine
 from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.chat import Chat
 from pipeline.serve.api.app import App
-from pipeline.serve.api.window import WINDOW_S
-from pipeline.serve.books.database import open_books
 from pipeline.serve.books.keys import Keys
 from pipeline.serve.books.ledger import Ledger
+from pipeline.serve.books.shared_uses import SharedUses
+from pipeline.serve.books.uses import OwnUses
+from pipeline.serve.books.window import WINDOW_S
 from pipeline.serve.offer.catalog import Catalog, Served
 from pipeline.serve.offer.price import Price
 from pipeline.serve.routing.endpoint import Answering, Own
@@ -52,6 +56,7 @@ class House:
     books: Engine
     ledger: Ledger
     engine: ScriptedEngine
+    is_shared: bool
     clock: Clock = field(default_factory=Clock)
     price: Price = PRICE
 
@@ -62,9 +67,12 @@ class House:
             Served("tiny", self.chat, self.engine, 1, variant="free"),
             Served("other", self.chat, self.engine, 1, price=self.price),
         ]
-        self.app = App(Catalog(models), self.keys, self.ledger, now_s=self.clock)
-        # The minute of rate limits passes by the same clock.
-        object.__setattr__(self.app._limits, "elapsed_s", self.clock)
+        self.uses = (
+            SharedUses(self.books, self.ledger, self.clock)
+            if self.is_shared
+            else OwnUses(self.ledger, self.clock)
+        )
+        self.app = App(Catalog(models), self.keys, self.ledger, now_s=self.clock, uses=self.uses)
 
     def key(self, **columns: Any) -> str:
         is_management = columns.pop("is_management", False)
@@ -73,6 +81,9 @@ class House:
     async def post(self, key: str, **fields: Any) -> Answer:
         body = json.dumps({"messages": MESSAGES, "max_tokens": 4, **fields}).encode()
         headers = {"Authorization": f"Bearer {key}"}
+        if isinstance(self.uses, SharedUses):
+            with contextlib.suppress(SQLAlchemyError):  # as it does every few seconds
+                await self.uses.sign()
         return await ask(self.app, "POST", "/api/v1/chat/completions", headers, body)
 
     def ask(self, key: str, **fields: Any) -> Answer:
@@ -88,16 +99,27 @@ class House:
         return asyncio.run(self.ledger.spent(key_id, datetime.date(2026, 1, 1))).ever
 
 
-@pytest.fixture
-def books(tmp_path: Path) -> Iterator[Engine]:
-    with open_books(str(tmp_path)) as opened:
-        yield opened
+@pytest.fixture(
+    params=["own", "sqlite", pytest.param("postgres", marks=pytest.mark.postgres)], autouse=True
+)
+def counted(request: pytest.FixtureRequest) -> str:
+    """Where: in the process, or in the books for several processes."""
+    return str(request.param)
 
 
 @pytest.fixture
-def house(chat: Chat, books: Engine) -> Iterator[House]:
+def books_at(request: pytest.FixtureRequest, counted: str, tmp_path: Path) -> str:
+    if counted != "postgres":
+        return str(tmp_path)
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.create_database()
+
+
+@pytest.fixture
+def house(chat: Chat, books: Engine, counted: str) -> Iterator[House]:
     with closing(Ledger(books)) as ledger:
-        yield House(chat, books, ledger, ScriptedEngine(["a", "b", "c", "d", "e"]))
+        engine = ScriptedEngine(["a", "b", "c", "d", "e"])
+        yield House(chat, books, ledger, engine, counted != "own")
 
 
 def error(answer: Answer) -> tuple[int, str, str]:
@@ -164,6 +186,7 @@ class LateLedger(Ledger):
         return read
 
 
+@pytest.mark.parametrize("counted", ["own"], indirect=True)  # elsewhere one look sees both
 def test_a_reply_that_is_booked_while_the_books_are_read_is_not_overlooked(
     house: House, chat: Chat, books: Engine
 ) -> None:
@@ -182,7 +205,7 @@ def test_a_reply_that_is_booked_while_the_books_are_read_is_not_overlooked(
         return [answer.status for answer in [*answers, await second]]
 
     with closing(LateLedger(books)) as ledger:
-        late = House(chat, books, ledger, house.engine)
+        late = House(chat, books, ledger, house.engine, house.is_shared)
         assert asyncio.run(ask_while_another_ends(late, ledger)) == [200, 402]
 
 
@@ -308,7 +331,7 @@ def test_what_was_spent_is_known_after_a_restart(house: House, chat: Chat) -> No
     key = house.key(limit_picodollars=most_of_one(house))
     assert house.ask(key).status == 200
 
-    again = House(chat, house.books, house.ledger, house.engine)
+    again = House(chat, house.books, house.ledger, house.engine, house.is_shared)
 
     assert again.ask(key).status == 402
 
@@ -474,6 +497,7 @@ def test_a_management_key_asks_for_no_reply(house: House, path: str) -> None:
     assert not house.engine.asked
 
 
+@pytest.mark.parametrize("counted", ["own", "sqlite"], indirect=True)
 def test_no_key_is_written_to_the_books_or_the_log(
     house: House, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -530,6 +554,7 @@ def test_a_request_at_midnight_is_held_to_the_day_that_it_counts_for(
     assert [house.ask(key).status for _ in range(3)] == [402, 200, 402]
 
 
+@pytest.mark.parametrize("counted", ["own", "sqlite"], indirect=True)
 def test_while_the_books_cannot_be_read_a_limited_key_waits_and_another_does_not(
     house: House, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -129,11 +129,27 @@ def test_a_key_is_told_once_and_opens_at_once(house: House) -> None:
 
 
 def test_a_key_of_its_own_limits_says_them(house: House) -> None:
-    limits = {"requests_per_minute": 1, "tokens_per_minute": 2, "streams": 3, "models": ["a/b"]}
+    limits: dict[str, Any] = {
+        "requests_per_minute": 1,
+        "tokens_per_minute": 2,
+        "streams": 3,
+        "models": ["a/b"],
+    }
+    limits["priority"] = "high"
 
     _, told = house.create(**limits)
 
     assert {name: told[name] for name in limits} == limits
+
+
+def test_whose_content_is_logged_is_told_and_changed(house: House) -> None:
+    _, silent = house.create()
+    _, told = house.create(log_content=True)
+    url = f"/keys/{told['hash']}"
+
+    assert (silent["log_content"], told["log_content"]) == (False, True)
+    assert house.ask("PATCH", url, {"limit": 1}).json["data"]["log_content"] is True
+    assert house.ask("PATCH", url, {"log_content": False}).json["data"]["log_content"] is False
 
 
 def test_the_list_has_what_is_asked_for(house: House) -> None:
@@ -235,6 +251,7 @@ def test_a_key_is_told_the_truth_about_itself(house: House) -> None:
         ("expires_at", "2020-01-01T00:00:00Z"),
         ("expires_at", 1),
         ("disabled", "no"),
+        ("log_content", "yes"),
     ],
 )
 def test_a_field_that_is_wrong_is_named(house: House, field: str, value: Any) -> None:

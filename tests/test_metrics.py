@@ -156,10 +156,22 @@ def test_a_client_that_hangs_up_is_counted_as_one(serving: Any) -> None:
 
 def test_what_an_engine_has_no_room_for_waits_in_the_queue(chat: Chat) -> None:
     door = Door(max_inside=9, slots=2)
-    door.num_inside = 5
     catalog = Catalog([Served("tiny", chat, ScriptedEngine(), 0, engine_name="vllm", door=door)])
 
-    values = read(asyncio.run(Metrics().page(catalog, None)).decode())
+    async def enter() -> None:
+        async with door.entered():
+            await asyncio.sleep(60)
+
+    async def page() -> bytes:
+        inside = [asyncio.create_task(enter()) for _ in range(5)]
+        await asyncio.sleep(0)
+        try:
+            return await Metrics().page(catalog, None)
+        finally:
+            for task in inside:
+                task.cancel()
+
+    values = read(asyncio.run(page()).decode())
 
     assert value(values, "pipeline_open_replies", "vllm", "local/tiny") == 2
     assert value(values, "pipeline_queued_replies", "vllm", "local/tiny") == 3

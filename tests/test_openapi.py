@@ -23,6 +23,8 @@ from pipeline.serve.api.app import App
 from pipeline.serve.books.database import open_books
 from pipeline.serve.books.keys import Keys
 from pipeline.serve.books.ledger import Ledger
+from pipeline.serve.content.files import ContentFiles
+from pipeline.serve.content.log import ContentLog
 from pipeline.serve.offer.catalog import Catalog, Served
 from pipeline.serve.openapi.fields import FIELDS
 from pipeline.serve.openapi.operations import OPERATIONS
@@ -34,12 +36,18 @@ THOUGHT = ["<think>", "\nhm\n", "</think>", "\n\n", "ye", "s"]
 
 @pytest.fixture(scope="module")
 def key_and_app(chat: Chat, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, App]]:
-    books_at = str(tmp_path_factory.mktemp("books"))
+    folder = tmp_path_factory.mktemp("books")
+    content = ContentLog(ContentFiles(folder / "content", 1, 2**20))
     engine = ScriptedEngine(THOUGHT, able=["seed", "grammar", "logprobs", "logit_bias"])
-    with open_books(books_at) as books, closing(Ledger(books)) as ledger:
+    with (
+        open_books(str(folder)) as books,
+        closing(Ledger(books)) as ledger,
+        closing(content) as content_log,
+    ):
         keys = Keys(books)
         catalog = Catalog([Served("tiny", chat, engine, 1767225600)])
-        yield keys.create("mine"), App(catalog, keys, ledger)
+        app = App(catalog, keys, ledger, content_log=content_log)
+        yield keys.create("mine", {"log_content": True}), app
 
 
 def may_ask(app: App, key: str, path: str) -> str:
@@ -124,7 +132,8 @@ def ask_route(app: App, document: Any, path: str, key: str) -> Answer:
         headers = {"x-api-key": key} if key else {}
         return asyncio.run(ask(app, method, url, headers))
     wanted = [p["name"] for p in said["parameters"] if p["in"] == "query" and p["required"]]
-    reply = post(app, "/chat/completions", key, ANSWERED["/chat/completions"][0])
+    asked = ANSWERED["/chat/completions"][0] | {"provider": None}  # else its content is not kept
+    reply = post(app, "/chat/completions", key, asked)
     name = reply.headers.get("x-generation-id", "")
     return get(app, url, key, "&".join(f"{word}={name}" for word in wanted))
 

@@ -44,7 +44,10 @@ class Place:
         self.fleet = Fleet(self._start)
         path = Path("serve.yaml")
         read = functools.partial(read_target, path, Settings(engine="auto"))
-        self.offering = Offering(path, read, self.catalog, self.fleet, lambda: self.requests)
+        self.offering = Offering(path, read, self.catalog, self.fleet, self._requests)
+
+    async def _requests(self) -> set[asyncio.Task[None]]:
+        return self.requests
 
     @property
     def slugs(self) -> list[str]:

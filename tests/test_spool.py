@@ -25,9 +25,9 @@ from sqlalchemy import Engine, func, select
 from pipeline.chat import Chat
 from pipeline.errors import BooksError
 from pipeline.serve.api.app import App
-from pipeline.serve.books import tables
-from pipeline.serve.books.database import database as books_module
-from pipeline.serve.books.database import open_books, writer
+from pipeline.serve.books import database as books_module
+from pipeline.serve.books import tables, writer
+from pipeline.serve.books.database import open_books
 from pipeline.serve.books.ledger import Ledger, open_ledger
 from pipeline.serve.books.pending import pending_folder
 from pipeline.serve.offer.catalog import Catalog, Served
@@ -38,7 +38,7 @@ from pathlib import Path
 from running import running
 from scripted import ScriptedEngine
 from pipeline.chat import Chat
-from pipeline.serve.books.database import database as module
+from pipeline.serve.books import database as module
 from pipeline.serve.api.app import App
 from pipeline.serve.books.database import open_books
 from pipeline.serve.offer.catalog import Catalog, Served

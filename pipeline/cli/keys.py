@@ -32,11 +32,21 @@ TokensPerMinute = Annotated[
 Streams = Annotated[
     str | None, typer.Option(metavar="N", help="Requests at the same time, streamed or not.")
 ]
+Priority = Annotated[
+    Literal["high", "normal", "low", "none"] | None,
+    typer.Option(help="Where requests wait for a model, those of a higher one go first."),
+]
 Models = Annotated[
     str | None, typer.Option(metavar="A/B,C/D", help="The only models that it may ask.")
 ]
 Expires = Annotated[
     str | None, typer.Option(metavar="ISO", help="From when on it opens nothing, as 2027-01-31.")
+]
+
+
+LogContent = Annotated[
+    bool | None,
+    typer.Option("--log-content/--no-log-content", help="Keep its requests and replies, whole."),
 ]
 
 
@@ -48,10 +58,14 @@ def create(  # noqa: PLR0913 - each is an option
     requests_per_minute: RequestsPerMinute = None,
     tokens_per_minute: TokensPerMinute = None,
     streams: Streams = None,
+    priority: Priority = None,
     models: Models = None,
     expires: Expires = None,
     management: Annotated[
         bool, typer.Option("--management", help="It manages keys, and asks for no reply.")
+    ] = False,
+    log_content: Annotated[
+        bool, typer.Option("--log-content", help="Keep its requests and replies, whole.")
     ] = False,
     books: Books = None,
 ) -> None:
@@ -66,9 +80,11 @@ def create(  # noqa: PLR0913 - each is an option
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         streams=streams,
+        priority=priority,
         models=models,
         expires_at=expires,
     )
+    columns |= {"log_content": True} if log_content else {}
     with open_books(books) as opened:
         say(Keys(opened).create(name, columns, is_management=management))
 
@@ -95,8 +111,10 @@ def limit(  # noqa: PLR0913 - each is an option
     requests_per_minute: RequestsPerMinute = None,
     tokens_per_minute: TokensPerMinute = None,
     streams: Streams = None,
+    priority: Priority = None,
     models: Models = None,
     expires: Expires = None,
+    log_content: LogContent = None,
     books: Books = None,
 ) -> None:
     """Change what a key may do; `none` takes a limit away, what is not said stays."""
@@ -109,9 +127,11 @@ def limit(  # noqa: PLR0913 - each is an option
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         streams=streams,
+        priority=priority,
         models=models,
         expires_at=expires,
     )
+    columns |= {} if log_content is None else {"log_content": log_content}
     if not columns:
         raise BooksError("nothing to change: give --limit, --requests-per-minute or another limit")
     _change(key, columns, books)

@@ -1,12 +1,15 @@
 """Before training: recipes, bases, rows, replies of the base."""
 
 import json
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import echo as say
+from typer.core import TyperGroup
 
+from pipeline.cli.keys import Books
 from pipeline.cli.stage import run_stage
 from pipeline.cli.target import Sets, Target, plain_context, read_recipe
 from pipeline.errors import RecipeError
@@ -14,7 +17,23 @@ from pipeline.recipe import Recipe
 from pipeline.run import Run, read_json, write_json, write_text
 from pipeline.stages import Context
 
+
+class OrRecipe(TyperGroup):
+    """Of `data`, what is no command's name is a recipe's."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take `data X` for `data rows X`."""
+        is_named = not args or args[0] == "--help" or args[0] in self.commands
+        return super().parse_args(ctx, args if is_named else ["rows", *args])
+
+
 commands = typer.Typer()
+data_commands = typer.Typer(
+    cls=OrRecipe, no_args_is_help=True, subcommand_metavar="RECIPE | COMMAND [ARGS]..."
+)
+commands.add_typer(
+    data_commands, name="data", help="Conversations to rows; a server's log to conversations."
+)
 
 PAGE_ROWS = 12  # how many rows data.html shows
 
@@ -64,15 +83,15 @@ def base(
     say(str(folder) if made else f"{folder}: already there, unchanged")
 
 
-@commands.command()
-def data(
+@data_commands.command()
+def rows(
     target: Target,
     overrides: Sets = None,
     show: Annotated[int, typer.Option(help="Print so many rows, as the model sees them.")] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="A warning is a failure.")] = False,
     dump: Annotated[Path | None, typer.Option(help="Write every row as JSON lines.")] = None,
 ) -> None:
-    """Conversations to rows, exactly as inference renders them; checked and reported."""
+    """Conversations to rows, exactly as inference renders them; `rows` may be left out."""
     context = plain_context(target, overrides, "config")  # first: it says which extra is missing
 
     from rich.console import Console
@@ -100,6 +119,32 @@ def data(
     say(str(run.data_page))
     if strict:
         refuse_warnings(report)
+
+
+@data_commands.command("from-log")
+def from_log(
+    out: Annotated[Path, typer.Option(help="A new .jsonl file, for data.sources.")],
+    folder: Annotated[
+        Path | None, typer.Argument(help="The log's folder.", show_default="beside the books")
+    ] = None,
+    model: Annotated[str, typer.Option(metavar="SLUG", help="Only what it answered.")] = "",
+    key: Annotated[
+        str, typer.Option(metavar="HASH", help="Only of the key whose hash begins so.")
+    ] = "",
+    since: Annotated[
+        datetime | None,
+        typer.Option(metavar="DATE", formats=["%Y-%m-%d"], help="Not what is older, by UTC."),
+    ] = None,
+    books: Books = None,
+) -> None:
+    """What a server has answered keys with --log-content: sound answers, each of them once."""
+    from pipeline.serve.books.database import books_url
+    from pipeline.serve.content.files import content_folder
+    from pipeline.serve.content.learn import Wanted, learn_from_log
+
+    wanted = Wanted(model, key, since.date() if since else None)
+    for line in learn_from_log(folder or content_folder(books_url(books)), out, wanted):
+        say(line)
 
 
 @commands.command()

@@ -70,6 +70,10 @@ def serve(  # noqa: PLR0913 - each is an option
             show_default="8 for each slot",
         ),
     ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, help="Processes that answer, over the same engines and limits."),
+    ] = 1,
     provider: Annotated[
         bool,
         typer.Option(
@@ -98,6 +102,7 @@ def serve(  # noqa: PLR0913 - each is an option
         model=model,
         room=Room(slots, context_tokens),
         queue=queue,
+        workers=workers,
         is_provider=provider,
         books=books,
     )
@@ -113,6 +118,17 @@ def serve(  # noqa: PLR0913 - each is an option
         say(f"serving at {url}")
 
     run_server(target, settings, ready)
+
+
+@commands.command(hidden=True)
+def worker(line: int) -> None:
+    """What --workers starts, with the number of a socket that it inherits."""
+    import socket
+
+    from pipeline.serve.worker import work
+
+    with socket.socket(fileno=line) as to_parent:
+        work(to_parent)
 
 
 @commands.command()

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -28,19 +29,24 @@ class Connection:
         self,
         name: str,
         url: str,
-        child: Child | None = None,
+        child: Child | Path | None = None,
         api_key: str = "",
         silence_s: float | None = None,
         idle_s: float = 0.0,
     ) -> None:
-        """`silence_s` is how long it may say nothing while an answer is awaited.
+        """`child` may be the socket of another process's.
+
+        `silence_s` is how long it may say nothing while an answer is awaited.
 
         `idle_s` is how long a connection is kept for the next request: less than the server keeps
         it, or the two would meet.
         """
         self.name = name
         self.url = url.rstrip("/")
-        self.child = child
+        self.child = child if isinstance(child, Child) else None
+        socket = child.socket if isinstance(child, Child) else child
+        self.is_elsewhere = socket is None
+        """Whether somebody else runs it, with whatever options."""
         self._api_key = api_key
         self._idle_s = idle_s
         self.has_failed = False
@@ -49,8 +55,8 @@ class Connection:
         # Not for llama.cpp, which closes idle connections in a race with the next request on them.
         keeping: dict[str, Any] = {"keepalive_timeout": idle_s} if idle_s else {"force_close": True}
         connector = (
-            aiohttp.UnixConnector(str(child.socket), limit=0, **keeping)
-            if child
+            aiohttp.UnixConnector(str(socket), limit=0, **keeping)
+            if socket
             else aiohttp.TCPConnector(limit=0, **keeping)
         )
         self._session = aiohttp.ClientSession(

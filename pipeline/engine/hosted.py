@@ -1,5 +1,6 @@
 """What engines behind a connection have in common: how they are entered, watched and left."""
 
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -32,6 +33,12 @@ class Hosted:
     def has_failed(self) -> bool:
         """Whether our child has ended by itself, or a failure sent somebody to its log."""
         return self.is_gone or self.connection.has_failed
+
+    @property
+    def socket(self) -> Path:
+        """Where our child listens."""
+        assert self.connection.child is not None
+        return self.connection.child.socket
 
     async def metrics(self) -> str:
         """What the engine counts, in Prometheus's text format."""

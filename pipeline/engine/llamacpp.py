@@ -101,6 +101,17 @@ class LlamaCpp(Hosted):
         return engine
 
     @classmethod
+    async def join(cls, socket: Path, adapters: Iterable[str]) -> "LlamaCpp":
+        """Speak to what another process of ours has started, with these adapters."""
+        engine = cls(Connection("llama.cpp", "http://llama.cpp", socket), adapters)
+        try:
+            engine.context_tokens = await engine._read_context()
+        except BaseException:
+            await engine.close()
+            raise
+        return engine
+
+    @classmethod
     async def at(cls, url: str, api_key: str = "") -> "LlamaCpp":
         """Speak to a llama.cpp server somebody else runs, such as http://127.0.0.1:8080."""
         engine = cls(Connection("llama.cpp", url, api_key=api_key))

@@ -40,6 +40,11 @@ class OwnEngine(Engine, Protocol):
         """Whether its log may say why something went wrong."""
         ...
 
+    @property
+    def socket(self) -> Path:
+        """Where it listens."""
+        ...
+
     async def metrics(self) -> str:
         """What it counts, in Prometheus's text format."""
         ...

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -93,6 +93,20 @@ class Vllm(Hosted):
         return engine
 
     @classmethod
+    async def join(cls, socket: Path, model: Path, adapters: Collection[str]) -> "Vllm":
+        """Speak to what another process of ours has started over this checkpoint and these."""
+        connection = Connection("vLLM", "http://vllm", socket, idle_s=_IDLE_S)
+        engine = cls(connection, BASE_NAME, end_ids(model))
+        if not adapters:
+            engine.capabilities -= {"adapters"}
+        try:
+            await engine._read_model()
+        except BaseException:
+            await engine.close()
+            raise
+        return engine
+
+    @classmethod
     async def at(cls, url: str, api_key: str = "", model: str = "") -> "Vllm":
         """Speak to a server somebody else runs, such as http://127.0.0.1:8000.
 
@@ -156,8 +170,8 @@ class Vllm(Hosted):
 
     async def is_healthy(self) -> bool:
         """Whether the server answers and has its model loaded."""
-        is_ours = self.connection.child is not None
-        return await self.connection.answers("/health" if is_ours else _MODELS)
+        path = _MODELS if self.connection.is_elsewhere else "/health"
+        return await self.connection.answers(path)
 
     def body(
         self, prompt_ids: Sequence[int], sampling: Sampling, lane: Lane = PLAIN
@@ -217,6 +231,6 @@ class Vllm(Hosted):
         except (KeyError, StopIteration, TypeError, ValueError, AttributeError) as error:
             what = f"model {self._model}" if self._model else "a model"
             raise EngineError(f"{url}{_MODELS} does not list {what} with max_model_len") from error
-        if self.connection.child is None:
+        if self.connection.is_elsewhere:
             is_vllm = card.get("owned_by") == "vllm"
             self.capabilities -= {"priority"} if is_vllm else _VLLMS_OWN

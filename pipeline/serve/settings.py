@@ -37,6 +37,8 @@ class Settings:
     """Of keys and generations, as `open_books` has it; None is the serve file's, or the user's."""
     queue: int | None = None
     """Requests that may wait for an engine of ours; None is 8 for each of its slots."""
+    workers: int = 1
+    """Processes that answer."""
     is_provider: bool = False
     """Whether a router asks: it wants reasoning under the name that engines have for it, too."""
     grace_s: int = 10

@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 from dataclasses import dataclass
-from typing import NoReturn
 
 from pipeline.errors import RequestError
 from pipeline.serve import schema
@@ -11,6 +10,7 @@ from pipeline.serve.api.exchange import Exchange
 from pipeline.serve.api.limits import Limits
 from pipeline.serve.books.keys import Key
 from pipeline.serve.books.ledger import Generation, Ledger
+from pipeline.serve.content.log import ContentLog
 
 NUM_DAYS = 30
 """So many of those that are over are told of."""
@@ -19,10 +19,11 @@ _DAY = datetime.timedelta(days=1)
 
 @dataclass(frozen=True)
 class Account:
-    """Handlers over the ledger; None keeps nothing."""
+    """Handlers over ledger and content log; None keeps nothing."""
 
     ledger: Ledger | None
     limits: Limits
+    content_log: ContentLog | None = None
 
     async def key(self, exchange: Exchange, key: Key | None) -> None:
         """GET /key."""
@@ -41,10 +42,13 @@ class Account:
         found = await self._find(exchange, key)
         await exchange.answer(schema.generation_body(found), 200, {})
 
-    async def content(self, exchange: Exchange, key: Key | None) -> NoReturn:
-        """GET /generation/content: never, as no word of a request is kept."""
+    async def content(self, exchange: Exchange, key: Key | None) -> None:
+        """GET /generation/content, of a key whose content is logged."""
         found = await self._find(exchange, key)
-        raise RequestError(f"Content of generation {found.id} is not stored", 404, "not_found")
+        line = await self.content_log.find(found) if self.content_log else None
+        if line is None:
+            raise RequestError(f"Content of generation {found.id} is not stored", 404, "not_found")
+        await exchange.answer(schema.content_body(line), 200, {})
 
     async def activity(self, exchange: Exchange, key: Key | None) -> None:
         """GET /activity, of this key."""

@@ -20,7 +20,10 @@ from pipeline.serve.api.response_cache import ResponseCache
 from pipeline.serve.api.routes import Handler, PartHandler, Routes
 from pipeline.serve.books.keys import Key, Keys
 from pipeline.serve.books.ledger import Ledger
-from pipeline.serve.monitoring.metrics import CONTENT_TYPE, Metrics
+from pipeline.serve.books.uses import OwnUses, Uses
+from pipeline.serve.content.log import ContentLog
+from pipeline.serve.monitoring.metrics import CONTENT_TYPE, Metrics, of_processes
+from pipeline.serve.monitoring.pages import Pages
 from pipeline.serve.monitoring.traces import Traces
 from pipeline.serve.offer.catalog import Catalog
 from pipeline.serve.openapi.description import Description
@@ -53,6 +56,8 @@ class App:
     """Where a model may be asked."""
     now_s: Callable[[], float] = time.time
     """Since the epoch: by it limits begin anew."""
+    uses: Uses | None = None
+    """What keys use of their limits; None counts it in this process."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, whatever happens."""
@@ -76,8 +81,12 @@ class App:
 
     style: ChatStyle = USUAL
     cache: ResponseCache = field(default_factory=ResponseCache)
+    content_log: ContentLog | None = None
+    """None keeps no word, whatever a key says."""
     metrics: Metrics = field(default_factory=Metrics)
     traces: Traces | None = None
+    pages: Pages | None = None
+    """Of the other processes of this server; None is that there are none."""
 
     async def close(self) -> None:
         """Let go of connections to servers elsewhere; the engines are their owner's."""
@@ -86,7 +95,7 @@ class App:
     @functools.cached_property
     def _routes(self) -> Routes:
         models = Models(self.catalog, self.endpoints_of)
-        account = Account(self.ledger, self._limits)
+        account = Account(self.ledger, self._limits, self.content_log)
         description = Description(lambda: self._routes)
         of_server: dict[str, tuple[str, Handler]] = {
             "/health": ("GET", self._health),
@@ -122,7 +131,7 @@ class App:
 
     @functools.cached_property
     def _limits(self) -> Limits:
-        return Limits(self.ledger, self.now_s)
+        return Limits(self.ledger, self.now_s, self.uses or OwnUses(self.ledger))
 
     def _of_keys(self) -> dict[str, dict[str, PartHandler]]:
         return {
@@ -152,6 +161,7 @@ class App:
             self.cache,
             self.keep_alive_s,
             self.metrics,
+            self.content_log,
         )
 
         async def answer(exchange: Exchange) -> None:
@@ -205,6 +215,8 @@ class App:
         if not exchange.is_local:
             await self._admit(exchange)
         page = await self.metrics.page(self.catalog, self.ledger)
+        if self.pages:
+            page = of_processes({self.pages.process: page.decode(), **self.pages.others})
         await exchange.begin(200, CONTENT_TYPE, {"content-length": str(len(page))})
         await exchange.write(page, more=False)
 

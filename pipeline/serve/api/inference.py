@@ -19,12 +19,15 @@ from pipeline.serve.api.response_cache import ResponseCache
 from pipeline.serve.api.sending import STREAM_HEADERS, Reply, send_stream, send_whole
 from pipeline.serve.asking.presets import with_preset
 from pipeline.serve.asking.request import HEALING, ChatRequest, parse_object
+from pipeline.serve.books.allowance import PRIORITIES
 from pipeline.serve.books.keys import Key
 from pipeline.serve.books.ledger import Ledger
+from pipeline.serve.content.log import ContentLog
 from pipeline.serve.monitoring.metrics import Metrics
 from pipeline.serve.monitoring.reply_log import tell
 from pipeline.serve.monitoring.traces import attempt, step
 from pipeline.serve.offer.catalog import Catalog
+from pipeline.serve.offer.door import ANYBODY, Guest
 from pipeline.serve.replying.choices import Indexed
 from pipeline.serve.replying.events import Usage
 from pipeline.serve.routing.endpoint import Answering, Endpoint
@@ -88,11 +91,12 @@ class Inference:
     cache: ResponseCache
     keep_alive_s: float
     metrics: Metrics = field(default_factory=Metrics)
+    content_log: ContentLog | None = None
 
     async def answer(self, exchange: Exchange, key: Key | None, skin: Skin) -> None:
         """Raises what the client must be told, unless something was sent."""
         arrival = Arrival.now(key, exchange.headers, self.limits.now_s())
-        with self.limits.entered(key):
+        async with self.limits.entered(arrival):
             await self._answer(exchange, arrival, skin)
 
     async def _answer(self, exchange: Exchange, arrival: Arrival, skin: Skin) -> None:
@@ -168,7 +172,7 @@ class Inference:
         if self.ledger:
             self.ledger.follow(record.id, record.generation)
         try:
-            with endpoint.door.entered():
+            async with endpoint.door.entered(_guest(asking.arrival.key)):
                 await self._reply(asking, record)
             if asking.repeating:
                 asking.repeating.keep(record)
@@ -227,12 +231,15 @@ class Inference:
         tell(generation, record.status, asking.arrival.key)
         if asking.exchange.trace:
             asking.exchange.trace.tell(generation, record.status)
+        if self.content_log and record.logs_content:
+            self.content_log.put(record.entry(generation, asking.exchange.scope["path"]))
         if self.ledger is None:
             return
         try:
             await self.ledger.record(generation)
         except BooksError as error:
             log.error("%s", error)
+        await self.limits.settle(asking.arrival, record)
 
 
 def _opening(asking: Asking) -> Opening:
@@ -261,6 +268,10 @@ def _lane(asking: Asking) -> Lane:
     """What one key's requests leave in an engine's cache is not for another's to find."""
     key, session = asking.arrival.key, asking.arrival.session(asking.request)
     return Lane(cache_salt=key.hash[:_SALT_DIGITS] if key else "", session=session or "")
+
+
+def _guest(key: Key | None) -> Guest:
+    return Guest(key.id, PRIORITIES[key.priority]) if key else ANYBODY
 
 
 def _is_json(request: ChatRequest) -> bool:

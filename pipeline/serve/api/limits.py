@@ -1,24 +1,18 @@
-"""What a key may still use: refused before an engine is asked, so that no limit is overshot.
+"""What a key may still use: refused before an engine is asked, so that no limit is overshot."""
 
-Money is counted by the books and by the replies under way in this process. Requests and tokens of
-the last minute, and requests at the same time, are counted in this process alone: of several
-processes each grants all of them.
-"""
-
-import collections
 import contextlib
 import datetime
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from pipeline.errors import RequestError
 from pipeline.serve.api.record import Arrival, Record
-from pipeline.serve.api.window import WAIT_S, Window
 from pipeline.serve.books.keys import Key
 from pipeline.serve.books.ledger import Ledger
 from pipeline.serve.books.spending import Spent, period_begins_ms
+from pipeline.serve.books.uses import LimitReached, Most, OwnUses, Unaffordable, Uses
 from pipeline.serve.offer.door import rate_limit_headers
 from pipeline.serve.offer.price import Price, usd_text
 from pipeline.serve.replying.events import Usage
@@ -28,20 +22,6 @@ from pipeline.serve.routing.route import Route
 _DAY = datetime.timedelta(days=1)
 
 
-@dataclass
-class _Account:
-    """One key's use in this process."""
-
-    requests: Window = field(default_factory=Window)
-    tokens: Window = field(default_factory=Window)
-    num_under_way: int = 0
-    reserved: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """By generation: when it was asked for, and its pico-dollars."""
-    num_settled: int = 0
-    earlier: tuple[int, int, int] = (0, 0, 0)
-    """What was spent between two moments of days that are over: nothing is added to it."""
-
-
 @dataclass(frozen=True)
 class Limits:
     """Of all keys, each its own."""
@@ -49,32 +29,23 @@ class Limits:
     ledger: Ledger | None
     now_s: Callable[[], float] = time.time
     """Since the epoch."""
-    elapsed_s: Callable[[], float] = time.monotonic
-    _accounts: dict[int, _Account] = field(
-        default_factory=lambda: collections.defaultdict(_Account), init=False
-    )
+    uses: Uses = field(default_factory=lambda: OwnUses(None))
 
-    @contextlib.contextmanager
-    def entered(self, key: Key | None) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def entered(self, arrival: Arrival) -> AsyncIterator[None]:
         """While a request is answered; RequestError 429 if there are too many of them."""
-        if key is None:
+        key = arrival.key
+        if key is None or not key.is_limited:
             yield
             return
-        account, now_s = self._accounts[key.id], self.elapsed_s()
-        if key.streams is not None and account.num_under_way >= key.streams:
-            what = f"{key.streams} at the same time"
-            raise self._too_much(what, key.streams, account.num_under_way, WAIT_S)
-        most, num_requests = key.requests_per_minute, account.requests.total(now_s)
-        if most is not None and num_requests >= most:
-            wait_s = account.requests.wait_s(now_s, most - 1)
-            raise self._too_much(f"{most} requests a minute", most, num_requests, wait_s)
-        if most is not None:
-            account.requests.add(now_s, 1)
-        account.num_under_way += 1
+        try:
+            await self.uses.begin(arrival.id, key)
+        except LimitReached as reached:
+            raise self._too_much(reached) from None
         try:
             yield
         finally:
-            account.num_under_way -= 1
+            await self.uses.end(arrival.id, key)
 
     @contextlib.asynccontextmanager
     async def reserved(self, arrival: Arrival, record: Record) -> AsyncIterator[None]:
@@ -82,21 +53,30 @@ class Limits:
 
         RequestError 429 or 402 if that is more than is left.
         """
-        key = arrival.key
-        if key is None:
+        key, answering = arrival.key, record.answering
+        if key is None or not key.is_limited:
             yield
             return
-        with self._granted_tokens(key, record):
-            if key.limit_picodollars is None:
-                yield
-                return
-            account = self._accounts[key.id]
-            await self._reserve(key, key.limit_picodollars, arrival, record.answering)
-            try:
-                yield
-            finally:
-                del account.reserved[arrival.id]
-                account.num_settled += 1
+        try:
+            await self.uses.reserve(arrival.id, key, _most(arrival, key, answering))
+        except LimitReached as reached:
+            raise self._too_much(reached) from None
+        except Unaffordable as error:
+            raise _unaffordable(key, answering, _price(answering), error.left) from None
+        try:
+            yield
+        finally:
+            await self.settle(arrival, record)
+
+    async def settle(self, arrival: Arrival, record: Record) -> None:
+        """A reply is in the books, or will never be: what it did not use is the key's again.
+
+        Twice does no harm.
+        """
+        key = arrival.key
+        if key is not None and key.is_limited:
+            used = _num_tokens(record.usage)
+            await self.uses.settle(arrival.id, key, used, record.cost.total)
 
     async def spent(self, key: Key | None) -> Spent:
         """By its replies that are in the books; None is whoever had no key."""
@@ -111,63 +91,30 @@ class Limits:
         """By UTC."""
         return _day(self.now_s())
 
-    @contextlib.contextmanager
-    def _granted_tokens(self, key: Key, record: Record) -> Iterator[None]:
-        """A request that may use more than a whole minute's has to have that minute to itself."""
-        most = key.tokens_per_minute
-        if most is None:
-            yield
-            return
-        window, now_s = self._accounts[key.id].tokens, self.elapsed_s()
-        granted = min(_num_tokens(record.answering.most), most)
-        used = window.total(now_s)
-        if used + granted > most:
-            wait_s = window.wait_s(now_s, most - granted)
-            raise self._too_much(f"{most} tokens a minute", most, used, wait_s)
-        window.granted += granted
-        try:
-            yield
-        finally:
-            window.granted -= granted
-            window.add(self.elapsed_s(), _num_tokens(record.usage))
-
-    async def _reserve(self, key: Key, limit: int, arrival: Arrival, answering: Answering) -> None:
-        """A reply counts for the day, week or month in which it was asked for, as in the books."""
-        account, day = self._accounts[key.id], _day(arrival.created_s)
-        begin_ms = period_begins_ms(day)[key.limit_reset]
-        while True:
-            num_settled = account.num_settled
-            spent = await self._spent_since(key, begin_ms, day)
-            if num_settled == account.num_settled:  # else one may be in neither count
-                break
-        held = sum(amount for asked_ms, amount in account.reserved.values() if asked_ms >= begin_ms)
-        left, price = limit - spent - held, _price(answering)
-        most = most_cost(price, answering.most)
-        if most > left:
-            raise _unaffordable(key, answering, price, left)
-        account.reserved[arrival.id] = (int(arrival.created_s * 1000), most)
-
-    async def _spent_since(self, key: Key, begin_ms: int, day: datetime.date) -> int:
-        """All of it may be millions of rows; those of days that are over are summed once."""
-        if self.ledger is None:
-            return 0
-        account = self._accounts[key.id]
-        end_ms = max(begin_ms, period_begins_ms(day - _DAY)["daily"])
-        if account.earlier[:2] != (begin_ms, end_ms):
-            earlier = await self.ledger.cost(key.id, begin_ms, end_ms)
-            account.earlier = (begin_ms, end_ms, earlier)
-        return account.earlier[2] + await self.ledger.cost(key.id, end_ms)
-
-    def _too_much(self, what: str, most: int, used: int, wait_s: float) -> RequestError:
-        retry_after_s = max(1, math.ceil(wait_s))
-        headers = rate_limit_headers(most, max(0, most - used), self.now_s() + retry_after_s)
+    def _too_much(self, reached: LimitReached) -> RequestError:
+        retry_after_s = max(1, math.ceil(reached.wait_s))
+        left = max(0, reached.most - reached.used)
+        headers = rate_limit_headers(reached.most, left, self.now_s() + retry_after_s)
         return RequestError(
-            f"Rate limit exceeded: this key may use {what}; try again in {retry_after_s} s",
+            f"Rate limit exceeded: this key may use {reached}; try again in {retry_after_s} s",
             429,
             "rate_limit_exceeded",
             retry_after_s,
             headers=headers,
         )
+
+
+def _most(arrival: Arrival, key: Key, answering: Answering) -> Most:
+    """A reply counts for the day, week or month in which it was asked for, as in the books."""
+    day = _day(arrival.created_s)
+    begin_ms = period_begins_ms(day)[key.limit_reset]
+    return Most(
+        _num_tokens(answering.most),
+        most_cost(_price(answering), answering.most),
+        int(arrival.created_s * 1000),
+        begin_ms,
+        max(begin_ms, period_begins_ms(day - _DAY)["daily"]),
+    )
 
 
 def permitted(route: Route, key: Key | None) -> Route:

@@ -10,6 +10,8 @@ from pipeline.errors import RequestError
 from pipeline.serve.asking.request import ChatRequest
 from pipeline.serve.books.keys import Key
 from pipeline.serve.books.ledger import Generation
+from pipeline.serve.content.entry import Entry, Spoken
+from pipeline.serve.content.log import wants_content
 from pipeline.serve.monitoring.spread import Spread
 from pipeline.serve.offer.price import NOTHING, Cost
 from pipeline.serve.replying.choices import Indexed, whole_usage
@@ -79,6 +81,9 @@ class Record:
         self._arrival = arrival
         self._request = request
         self._cache_source = cache_source
+        self.logs_content = wants_content(arrival.key, request)
+        """Whether its words are kept for longer than it takes to send them."""
+        self._spoken = [Spoken() for _ in answering.tallies] if self.logs_content else []
         self._keeps_events = keeps_events
         self._first_s: float | None = None
         self._last_s = 0.0
@@ -125,6 +130,8 @@ class Record:
                 self._last_s = now_s
                 if isinstance(event, Ended):
                     self._ends.append(event)
+                if self._spoken:
+                    self._spoken[index].add(event)
                 if self._keeps_events:
                     self.events.append((index, event))
                 yield index, event
@@ -157,6 +164,12 @@ class Record:
             **self._times(),
             **self._labels(),
         )
+
+    def entry(self, generation: Generation, path: str) -> Entry:
+        """What the content log keeps of it, as things stand; the path is the request's."""
+        key = self._arrival.key
+        assert key is not None
+        return Entry(generation, key.hash, path, self._request, self._spoken, self.error)
 
     def _times(self) -> dict[str, Any]:
         now_s, begun_s, first_s = time.monotonic(), self._arrival.begun_s, self._first_s

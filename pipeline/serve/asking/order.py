@@ -222,7 +222,7 @@ def _fitted(
     request: ChatRequest, served: Served, render: Callable[[Messages], list[int]]
 ) -> tuple[list[int], bool]:
     """The prompt, and whether something was left out so that it leaves room for the reply."""
-    messages = [_under_its_name(message) for message in request.messages or ()]
+    messages = [under_its_name(message) for message in request.messages or ()]
     prompt_ids = render(messages)
     asked = request.max_completion_tokens or request.max_tokens
     reply = served.context_tokens // _SHARE_OF_REPLY if asked is None else asked
@@ -234,7 +234,7 @@ def _fitted(
     return (render(fitting), True) if fitting else (prompt_ids, False)
 
 
-def _under_its_name(message: dict[str, Any]) -> dict[str, Any]:
+def under_its_name(message: dict[str, Any]) -> dict[str, Any]:
     """A user's name goes before what the user says: the template has no place for it."""
     name, content = message.get("name"), message.get("content")
     if message["role"] != "user" or not name:

@@ -73,6 +73,11 @@ class Preferences(_Known):
     max_price: MaxPrice | None = None
 
     @property
+    def is_private(self) -> bool:
+        """Whether no word of the request may be stored or learnt from."""
+        return bool(self.zdr) or self.data_collection == "deny"
+
+    @property
     def sorts_by_price(self) -> bool:
         """Whether the cheapest comes first."""
         return (self.sort.by if isinstance(self.sort, SortBy) else self.sort) == "price"

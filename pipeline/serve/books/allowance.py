@@ -22,6 +22,9 @@ from pipeline.serve.offer.price import PICODOLLARS, parse_usd
 
 Reset = Literal["daily", "weekly", "monthly"]
 """When a limit begins anew: at midnight UTC, on Mondays, on the first of a month."""
+Priority = Literal["high", "normal", "low"]
+"""Whose requests go first where several wait for a model."""
+PRIORITIES: dict[Priority | None, int] = {"high": 1, "normal": 0, None: 0, "low": -1}
 MAX_USD = 9_000_000
 """More pico-dollars than this buys are no number that every database holds."""
 _MAX_COUNT = 2**31 - 1
@@ -80,11 +83,15 @@ class KeyChange(BaseModel):
     """Of prompts and replies together."""
     streams: Count | None = None
     """Requests at the same time, streamed or not."""
+    priority: Priority | None = None
+    """Where requests wait for a model, those of a higher one go first."""
     models: (
         Annotated[list[Annotated[str, BeforeValidator(_slug)]], Field(max_length=1000)] | None
     ) = None
     """The only ones that it may ask, by their slugs."""
     expires_at: Annotated[datetime.datetime, BeforeValidator(_moment)] | None = None
+    log_content: bool = Field(default_factory=bool)
+    """Whether requests and replies are kept, word by word; those of `zdr` are not."""
     include_byok_in_limit: bool = Field(default_factory=bool)
     """Changes nothing: nobody brings keys to others here."""
 

@@ -1,6 +1,7 @@
 """The books: one database of keys and generations, brought up to date when it is opened."""
 
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -38,7 +39,7 @@ def open_books(where: str | None = None) -> Iterator[Engine]:
     They are made if they are missing. Raises BooksError for what cannot be opened, or was written
     by a newer program.
     """
-    url = _url(where)
+    url = books_url(where)
     file = Path(str(url.database)) if url.get_backend_name() == "sqlite" else None
     if file:
         _make_file(file)
@@ -58,7 +59,8 @@ def open_books(where: str | None = None) -> Iterator[Engine]:
         engine.dispose()
 
 
-def _url(where: str | None) -> URL:
+def books_url(where: str | None = None) -> URL:
+    """Of what --books may name; BooksError if it is no such thing."""
     if where and "://" in where:
         try:
             url = make_url(where)
@@ -69,6 +71,14 @@ def _url(where: str | None) -> URL:
         return url
     path = Path(where) if where else default_books()
     return URL.create("sqlite", database=str(path / FILE_NAME if path.is_dir() else path))
+
+
+def folder_beside(url: URL, what: str) -> Path:
+    """Beside a file; for a database elsewhere, in the user's state folder."""
+    if url.get_backend_name() == "sqlite":
+        return Path(f"{url.database}.{what}")
+    where = hashlib.sha256(shown(url).encode()).hexdigest()
+    return default_books().parent / f"{where[:16]}.{what}"
 
 
 def _patient(url: URL) -> URL:

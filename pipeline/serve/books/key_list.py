@@ -42,11 +42,14 @@ def _describe(key: Key, spent: Spent) -> list[str]:
     ):
         if amount is not None:
             said.append(f"{amount} {what}")
+    if key.priority is not None:
+        said.append(f"{key.priority} priority")
     if key.models is not None:
         said.append(f"asks {', '.join(key.models)}")
     if key.expires_ms is not None:
         word = "expired" if key.is_expired(time.time()) else "expires"
         said.append(f"{word} {_moment(key.expires_ms)}")
+    said += ["content is logged"] * key.log_content
     said += ["manages keys"] * key.is_management + ["disabled"] * key.disabled
     return said
 

@@ -12,7 +12,7 @@ from sqlalchemy import Engine, RowMapping, exists, insert, literal, select, upda
 
 from pipeline.errors import BooksError, RequestError
 from pipeline.serve.books import tables
-from pipeline.serve.books.allowance import Reset
+from pipeline.serve.books.allowance import Priority, Reset
 
 PREFIX = "sk-or-v1-"
 CACHE_S = 5.0
@@ -45,12 +45,22 @@ class Key:
     """Of prompts and replies together."""
     streams: int | None = None
     """Requests at the same time."""
+    priority: Priority | None = None
+    """None is normal."""
     models: tuple[str, ...] | None = None
     """The only ones that it may ask."""
     expires_ms: int | None = None
     is_management: bool = False
     """Whether it manages keys, and asks for no reply."""
     updated_ms: int | None = None
+    log_content: bool = False
+    """Whether what it asks and is answered is kept, word by word."""
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether what it uses has to be counted before a reply is in the books."""
+        most = (self.requests_per_minute, self.tokens_per_minute, self.streams)
+        return any(limit is not None for limit in (self.limit_picodollars, *most))
 
     def is_usable(self, now_s: float) -> bool:
         """Whether it opens anything."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, IntegrityError
 
 from pipeline.serve.books import tables
-from pipeline.serve.books.database import default_books, shown, why
+from pipeline.serve.books.database import folder_beside, why
 from pipeline.serve.books.spool import Row, read_rows
 
 log = logging.getLogger(__name__)
@@ -26,11 +25,8 @@ _AT_ONCE = 500
 
 
 def pending_folder(url: URL) -> Path:
-    """Beside a file; for a database elsewhere, in the user's state folder."""
-    if url.get_backend_name() == "sqlite":
-        return Path(f"{url.database}.pending")
-    where = hashlib.sha256(shown(url).encode()).hexdigest()
-    return default_books().parent / f"{where[:16]}.pending"
+    """Where rows wait that are not in the books yet."""
+    return folder_beside(url, "pending")
 
 
 def bring_in(books: Engine, folder: Path) -> int:

@@ -39,11 +39,13 @@ keys = Table(
     Column("requests_per_minute", Integer),
     Column("tokens_per_minute", Integer),
     Column("streams", Integer),
+    Column("priority", Text),
     Column("models", JSON(none_as_null=True)),
     Column("expires_ms", BigInteger),
     Column("is_management", Boolean, nullable=False, server_default=false()),
     Column("updated_ms", BigInteger),
     Column("deleted_ms", BigInteger),
+    Column("log_content", Boolean, nullable=False, server_default=false()),
 )
 
 generations = Table(
@@ -78,4 +80,24 @@ generations = Table(
     Column("preset", Text),
     Column("cache_source", Text),
     Index(None, "key_id", "created_ms", "cost_picodollars"),
+)
+
+uses = Table(
+    "uses",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("key_id", ForeignKey("keys.id"), nullable=False),
+    Column("process", Text, nullable=False),
+    Column("begun_ms", BigInteger, nullable=False),
+    Column("ended_ms", BigInteger),
+    Column("tokens", BigInteger, nullable=False, server_default="0"),
+    Column("cost_picodollars", BigInteger, nullable=False, server_default="0"),
+    Index(None, "key_id"),
+)
+
+processes = Table(
+    "processes",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("seen_ms", BigInteger, nullable=False),
 )

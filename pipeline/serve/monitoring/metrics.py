@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import (
@@ -104,11 +104,26 @@ class Metrics:
                     *_merged(
                         family
                         for model, (_, text) in zip(served, theirs, strict=True)
-                        for family in _relabelled(text, model.slug)
+                        for family in _relabelled(text, model=model.slug)
                     ),
                 ]
             )
         )
+
+
+def of_processes(pages: Mapping[str, str]) -> bytes:
+    """One page of several; the label `process` says whose each sample is."""
+    return generate_latest(
+        _Page(
+            list(
+                _merged(
+                    family
+                    for process, text in pages.items()
+                    for family in _relabelled(text, process=process)
+                )
+            )
+        )
+    )
 
 
 def _class_of(key_id: int | None) -> str:
@@ -182,10 +197,10 @@ async def _own_metrics(engine: Engine) -> str:
         return ""
 
 
-def _relabelled(text: str, slug: str) -> Iterator[Metric]:
+def _relabelled(text: str, **labels: str) -> Iterator[Metric]:
     for family in text_string_to_metric_families(text):
         family.samples = [
-            sample._replace(labels={**sample.labels, "model": slug}) for sample in family.samples
+            sample._replace(labels={**sample.labels, **labels}) for sample in family.samples
         ]
         yield family
 

@@ -1,9 +1,12 @@
-"""How many requests an engine may have before it: the rest are told at once to come back."""
+"""The bounded queue before an engine: who begins next, and who is told at once to come back."""
 
+import asyncio
+import collections
 import contextlib
+import itertools
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Hashable
+from dataclasses import dataclass, field
 
 from pipeline.errors import Availability, RequestError
 
@@ -20,38 +23,140 @@ def rate_limit_headers(limit: int, remaining: int, reset_s: float) -> dict[str, 
     }
 
 
+@dataclass(frozen=True)
+class Guest:
+    """Whose request wants in."""
+
+    who: Hashable = None
+    """Between whom the queue is fair: a key."""
+    priority: int = 0
+    """Of those that wait, the highest goes first."""
+
+
+ANYBODY = Guest()
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    guest: Guest
+    begun: "asyncio.Future[None]"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its turn has come: it was neither given up nor sent away before."""
+        begun = self.begun
+        return begun.done() and not begun.cancelled() and begun.exception() is None
+
+
 @dataclass
 class Door:
-    """One for each engine, shared by the models that it makes."""
+    """One for each engine, shared by the models that it makes.
+
+    Those of one priority take turns, whoever has the fewest replies being made first. In a full
+    queue a request takes the place of one of a lower priority, or of one by whom at least two more
+    are inside than by its own sender: nobody can fill it so that others find no room.
+    """
 
     max_inside: int | None = None
     """Being answered and waiting for it, together; None lets everybody in."""
-    num_inside: int = 0
     slots: int | None = None
-    """Replies that the engine makes at once; None is not known."""
+    """Replies that the engine makes at once; None is not known, and then nobody waits here."""
+    _making: collections.Counter[Hashable] = field(default_factory=collections.Counter)
+    """Replies by whose they are."""
+    _waiting: list[_Waiting] = field(default_factory=list)
+    """In the order in which they came."""
+    _turns: dict[Hashable, int] = field(default_factory=dict)
+    """Of those inside, when each last began one."""
+    _clock: "itertools.count[int]" = field(default_factory=itertools.count)
+
+    @property
+    def num_inside(self) -> int:
+        """Being answered, or waiting for it."""
+        return self._making.total() + len(self._waiting)
 
     @property
     def num_waiting(self) -> int:
-        """Of those inside, how many the engine has not begun with."""
-        return max(0, self.num_inside - self.slots) if self.slots else 0
+        """Of those inside, how many have not begun."""
+        return len(self._waiting)
 
-    @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """While a request is answered; RequestError 429 where there is no room to wait in.
+    def resize(self, max_inside: int | None, slots: int | None) -> None:
+        """Whoever is inside stays."""
+        self.max_inside, self.slots = max_inside, slots
+        self._begin()
 
-        A router asks elsewhere then, and a reply that waits long for its turn is of no use to it.
+    @contextlib.asynccontextmanager
+    async def entered(self, guest: Guest = ANYBODY) -> AsyncIterator[None]:
+        """While a request is answered, once it is its turn.
+
+        RequestError 429 where there is no room to wait in. A router asks elsewhere then, and a
+        reply that waits long for its turn is of no use to it.
         """
         if self.max_inside is not None and self.num_inside >= self.max_inside:
-            raise RequestError(
-                "Rate limit exceeded: as many requests wait for this model as may",
-                429,
-                "rate_limit_exceeded",
-                WAIT_S,
-                Availability("capacity_exhausted", retryable=True),
-                rate_limit_headers(self.max_inside, 0, time.time() + WAIT_S),
-            )
-        self.num_inside += 1
+            self._make_room(guest, self.max_inside)
+        await self._wait(guest)
         try:
             yield
         finally:
-            self.num_inside -= 1
+            self._leave(guest)
+
+    async def _wait(self, guest: Guest) -> None:
+        waiting = _Waiting(guest, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        self._begin()
+        try:
+            await waiting.begun
+        except asyncio.CancelledError:
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
+            elif waiting.has_begun:  # at that very moment
+                self._leave(guest)
+            raise
+
+    def _leave(self, guest: Guest) -> None:
+        self._making[guest.who] -= 1
+        self._begin()
+        if not self._num_inside_of(guest.who):
+            del self._making[guest.who]
+            self._turns.pop(guest.who, None)
+
+    def _begin(self) -> None:
+        """As many as the engine has room for."""
+        while self._waiting and (self.slots is None or self._making.total() < self.slots):
+            following = min(self._waiting, key=self._rank)
+            self._waiting.remove(following)
+            if following.begun.cancelled():
+                continue
+            who = following.guest.who
+            self._making[who] += 1
+            self._turns[who] = next(self._clock)
+            following.begun.set_result(None)
+
+    def _rank(self, waiting: _Waiting) -> tuple[int, int, int]:
+        who = waiting.guest.who
+        return -waiting.guest.priority, self._making[who], self._turns.get(who, -1)
+
+    def _make_room(self, guest: Guest, max_inside: int) -> None:
+        """Send somebody away: this guest, or one that has less of a claim."""
+        refused = RequestError(
+            "Rate limit exceeded: as many requests wait for this model as may",
+            429,
+            "rate_limit_exceeded",
+            WAIT_S,
+            Availability("capacity_exhausted", retryable=True),
+            rate_limit_headers(max_inside, 0, time.time() + WAIT_S),
+        )
+        least = min(reversed(self._waiting), key=self._claim, default=None)
+        own = (guest.priority, -self._num_inside_of(guest.who) - 1)
+        if least is None or self._claim(least) >= own:
+            raise refused
+        self._waiting.remove(least)
+        if not least.begun.cancelled():
+            least.begun.set_exception(refused)
+
+    def _claim(self, waiting: _Waiting) -> tuple[int, int]:
+        """To a place in the queue: the more of its sender are inside, the less."""
+        return waiting.guest.priority, -self._num_inside_of(waiting.guest.who)
+
+    def _num_inside_of(self, who: Hashable) -> int:
+        waiting = sum(other.guest.who == who for other in self._waiting)
+        return self._making[who] + waiting

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import hashlib
 import os
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -65,17 +66,51 @@ class EngineSetup:
         return self.room.slots or own.get(self.kind)
 
 
-async def start_engine(setup: EngineSetup, chat: asyncio.Future[Chat]) -> Engine:
-    """What is set up, warmed."""
+async def start_engine(
+    setup: EngineSetup, chat: asyncio.Future[Chat], links: Path | None = None
+) -> Engine:
+    """What is set up, warmed.
+
+    In the folder `links` other processes find it for `join_engine`, also once it has been started
+    again.
+    """
     if setup.load is None:
-        return await _join(setup.urls, chat)
-    return await _start(setup, setup.load, chat)
+        return await _reach(setup.urls, chat)
+    return await _start(setup, setup.load, chat, links)
 
 
-async def _start(setup: EngineSetup, load: Load, chat: asyncio.Future[Chat]) -> Supervisor:
+async def join_engine(setup: EngineSetup, chat: asyncio.Future[Chat], links: Path) -> Engine:
+    """The same where another process has started it."""
+    load = setup.load
+    if load is None:
+        return await _reach(setup.urls, chat)
+
+    async def join(link: str) -> Engine:
+        if setup.kind == "vllm":
+            return await Vllm.join(Path(link), load.weights, load.adapters)
+        return await LlamaCpp.join(Path(link), load.adapters)
+
+    return await Pool.at([str(_link(links, setup))], join)
+
+
+def _link(links: Path, setup: EngineSetup) -> Path:
+    return links / f"{hashlib.sha256(repr(setup.key).encode()).hexdigest()[:8]}.sock"
+
+
+async def _start(
+    setup: EngineSetup, load: Load, chat: asyncio.Future[Chat], links: Path | None
+) -> Supervisor:
     """llama.cpp or vLLM over files, watched."""
 
     async def start(log: Path) -> OwnEngine:
+        engine = await start_kind(log)
+        if links:
+            link = _link(links, setup)
+            link.unlink(missing_ok=True)
+            link.symlink_to(engine.socket)
+        return engine
+
+    async def start_kind(log: Path) -> OwnEngine:
         room, slots = setup.room, setup.slots
         assert slots is not None
         if setup.kind == "vllm":
@@ -103,7 +138,7 @@ async def _start(setup: EngineSetup, load: Load, chat: asyncio.Future[Chat]) -> 
     return await Supervisor.start(f"{_NAMES[setup.kind]} with {load.weights}", start, warm_up, logs)
 
 
-async def _join(urls: tuple[str, ...], chat: asyncio.Future[Chat]) -> Pool:
+async def _reach(urls: tuple[str, ...], chat: asyncio.Future[Chat]) -> Pool:
     """Engines that somebody else runs, with the API key that the environment holds."""
     key = os.environ.get(KEY_VARIABLE, "")
     pool = await Pool.at(urls, functools.partial(connect, api_key=key))

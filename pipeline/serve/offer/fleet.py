@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import hashlib
+import math
 import sys
 from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Sequence
 from contextlib import suppress
@@ -33,8 +34,10 @@ class _Running:
 class Fleet:
     """Every engine that runs: use `async with`, and `let_go` when the models found are on offer."""
 
-    def __init__(self, start: Starter = start_engine) -> None:
+    def __init__(self, start: Starter = start_engine, num_sharing: int = 1) -> None:
+        """`num_sharing` processes have the same engines, and each a part of their queues."""
         self._start = start
+        self._num_sharing = num_sharing
         self._running: dict[Hashable, _Running] = {}
         self._unused: list[Engine] = []
         self._leaving: dict[asyncio.Task[None], Engine] = {}
@@ -67,8 +70,9 @@ class Fleet:
             await _close(running[key].engine for key in running.keys() - self._running.keys())
             raise
         for entry, setup in wanted:
-            door = running[setup.key].door
-            door.max_inside, door.slots = entry.max_inside(setup), setup.slots
+            most = entry.max_inside(setup)
+            share = most and math.ceil(most / self._num_sharing)
+            running[setup.key].door.resize(share, setup.slots)
         unused = self._running.keys() - running.keys()
         self._unused += [self._running[key].engine for key in unused]
         self._running = running

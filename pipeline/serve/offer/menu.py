@@ -225,6 +225,17 @@ class Model(Source, Terms):
         return self
 
 
+class ContentLogging(Section):
+    """How long requests and replies are kept of the keys that want it, and who redacts them."""
+
+    keep_days: PositiveInt = 30
+    max_bytes: int = Field(default=10**9, ge=2**20)
+    """In all; the oldest go first."""
+    redact: Annotated[str, StringConstraints(pattern=r"^[\w.]+:\w+$")] | None = None
+    """MODULE:FUNCTION, called with each of them as a dict before it is written: what it returns is
+    kept, and nothing if that is None."""
+
+
 class Menu(Section):
     """Everything that one server offers. Paths start at the current directory."""
 
@@ -239,6 +250,8 @@ class Menu(Section):
     """By default 8000; 0 is any free one."""
     books: str | None = None
     """Of keys and generations: a file, a folder or a database URL."""
+    content: ContentLogging = ContentLogging()
+    """Of keys with --log-content; all others leave no word behind."""
     usage_chunk: UsageChunk = "empty"
     """How a stream of chat/completions tells its usage: without choices, as documented; or with
     the last choice's end once more, for clients that look into the first choice of every chunk."""

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,9 +30,9 @@ class Offering:
         read: Callable[[], Menu],
         catalog: Catalog,
         fleet: Fleet,
-        requests: Callable[[], Requests],
+        requests: Callable[[], Awaitable[Requests]],
     ) -> None:
-        """`file` is what `read` reads, and `requests` are those that run."""
+        """`file` is what `read` reads, and `requests` are those that run once this is on offer."""
         self._file = file
         self._read = read
         self._catalog = catalog
@@ -48,7 +48,7 @@ class Offering:
         models = await self._fleet.take_up(wanted)
         self._catalog.models = sorted(models, key=lambda served: served.slug != menu.default)
         self._catalog.presets = menu.presets
-        self._fleet.let_go(set(self._requests()))
+        self._fleet.let_go(set(await self._requests()))
 
     async def reload(self) -> str:
         """Offer what the menu says now: the sentence that says what that is.

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from pydantic import Field
+
+from pipeline.serve.books.allowance import Priority
 from pipeline.serve.openapi.shape import Shape
 
 
@@ -78,10 +81,13 @@ class ManagedKey(Use):
     requests_per_minute: int | None
     tokens_per_minute: int | None
     streams: int | None
+    priority: Priority | None
     """Requests at the same time."""
     models: list[str] | None
     """The only ones that it may ask."""
     is_management_key: bool
+    log_content: bool
+    """Whether requests and replies are kept, word by word."""
 
 
 class ManagedKeys(Shape):
@@ -179,6 +185,46 @@ class Generation(Shape):
     """What is known of one reply."""
 
     data: GenerationData
+
+
+class ContentInput(Shape):
+    """What was asked, as chat/completions has it whichever dialect it came in."""
+
+    messages: list[dict[str, Any]] = Field(default_factory=list)
+    prompt: str = ""
+    """In place of messages, a text that was continued."""
+
+
+class ContentOutput(Shape):
+    """What the model said."""
+
+    completion: str | None
+    reasoning: str | None
+    tool_calls: list[dict[str, Any]] = Field(default_factory=list)
+
+
+class ContentError(Shape):
+    """Why it broke off."""
+
+    message: str | None
+    status: int | None
+    provider_name: str | None
+    previous_errors: list[dict[str, Any]]
+    raw: None
+
+
+class ContentData(Shape):
+    """A request and its reply."""
+
+    input: ContentInput
+    output: ContentOutput
+    error: ContentError | None
+
+
+class Content(Shape):
+    """What was kept of one reply."""
+
+    data: ContentData
 
 
 class DayOfModel(Shape):

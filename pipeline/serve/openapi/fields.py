@@ -69,6 +69,8 @@ FIELDS = {
     "requests_per_minute": "At most so many requests in any minute.",
     "tokens_per_minute": "At most so many tokens in any minute, of prompts and replies together.",
     "streams": "At most so many requests at the same time.",
+    "priority": "Where requests wait for a model, those of a higher one go first.",
     "expires_at": "From when on it opens nothing.",
+    "log_content": "Whether its requests and replies are kept, word by word.",
     "include_byok_in_limit": "Changes nothing: nobody brings keys to others here.",
 }

@@ -180,7 +180,13 @@ OPERATIONS = {
     "/auth/key": _of_key("The same, by its older name", account.KeyAnswer),
     "/credits": _of_key("What was bought and used", account.Credits),
     "/generation": _of_key("What is known of one reply", account.Generation, 400, 404, **_ID),
-    "/generation/content": _of_key("Refused: no word of a reply is kept", None, 400, 404, **_ID),
+    "/generation/content": _of_key(
+        "What was asked and said, if your key's content is logged",
+        account.Content,
+        400,
+        404,
+        **_ID,
+    ),
     "/activity": _of_key(
         "What was asked on each of the last 30 days that are over",
         account.Activity,

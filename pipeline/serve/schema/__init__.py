@@ -2,6 +2,7 @@
 
 from pipeline.serve.schema.account import (
     activity_body,
+    content_body,
     credits_body,
     generation_body,
     key_body,
@@ -28,6 +29,7 @@ __all__ = [
     "PROVIDER",
     "ChatWriter",
     "activity_body",
+    "content_body",
     "count_body",
     "credits_body",
     "error_body",

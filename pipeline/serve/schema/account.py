@@ -1,7 +1,7 @@
 """A key, its generations and its days on the wire."""
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.serve.books.keys import Key
@@ -10,6 +10,7 @@ from pipeline.serve.books.spending import Spent
 from pipeline.serve.offer.price import usd_number
 from pipeline.serve.schema.common import PROVIDER
 
+_OUTPUT = {"completion": "content", "reasoning": "reasoning"}
 WORKSPACE = "default"
 """Clients want to know in which one a key is."""
 
@@ -63,8 +64,10 @@ def managed_key(key: Key, spent: Spent) -> dict[str, Any]:
         "requests_per_minute": key.requests_per_minute,
         "tokens_per_minute": key.tokens_per_minute,
         "streams": key.streams,
+        "priority": key.priority,
         "models": None if key.models is None else list(key.models),
         "is_management_key": key.is_management,
+        "log_content": key.log_content,
     }
 
 
@@ -169,6 +172,29 @@ def _absent() -> dict[str, None]:
         "workspace_id",
     )
     return dict.fromkeys(names)
+
+
+def content_body(line: Mapping[str, Any]) -> dict[str, Any]:
+    """GET /generation/content, of the first choice; calls are told beside what clients know."""
+    asked = {name: line[name] for name in ("messages", "prompt") if name in line}
+    first = (line.get("choices") or [{}])[0]
+    output = {name: first.get(key) or None for name, key in _OUTPUT.items()}
+    if calls := first.get("tool_calls"):
+        output["tool_calls"] = calls
+    return {"data": {"input": asked, "output": output, "error": _content_error(line)}}
+
+
+def _content_error(line: Mapping[str, Any]) -> dict[str, Any] | None:
+    error = line.get("error")
+    if error is None:
+        return None
+    return {
+        "message": error.get("message"),
+        "status": error.get("status"),
+        "provider_name": line.get("provider"),
+        "previous_errors": [],
+        "raw": None,
+    }
 
 
 def activity_body(uses: Sequence[DailyUse]) -> dict[str, Any]:

@@ -10,11 +10,10 @@ WAIT_S = 1
 
 @dataclass
 class Window:
-    """What was used in the last minute, and what requests under way have been granted."""
+    """What was used in the last minute."""
 
     used: collections.deque[tuple[float, int]] = field(default_factory=collections.deque)
     """Amounts by when they were."""
-    granted: int = 0
     _sum: int = 0
 
     def add(self, now_s: float, amount: int) -> None:
@@ -26,7 +25,7 @@ class Window:
         """All of it."""
         while self.used and self.used[0][0] <= now_s - WINDOW_S:
             self._sum -= self.used.popleft()[1]
-        return self.granted + self._sum
+        return self._sum
 
     def wait_s(self, now_s: float, room: int) -> float:
         """Until at most so much is left of it."""
