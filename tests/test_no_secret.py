@@ -155,6 +155,7 @@ def make_keys(folder: Path) -> dict[str, str]:
         "poor": ("--limit", "0.0001"),
         "hurried": ("--requests-per-minute", "1"),
         "manager": ("--management",),
+        "kept": ("--log-content",),
         "gone": (),
     }
     made = {
@@ -233,7 +234,13 @@ def make_mistakes(life: Life) -> None:
     """The client's own, each with a key at hand."""
     chat, body = "/api/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 5}
     keys = life.keys
-    for key, status in (("gone", 401), ("poor", 402), ("manager", 403), ("hurried", 200)):
+    for key, status in (
+        ("kept", 200),
+        ("gone", 401),
+        ("poor", 402),
+        ("manager", 403),
+        ("hurried", 200),
+    ):
         assert life.ask(chat, body, keys[key]) == status
     assert life.ask(chat, body, keys["hurried"]) == 429
     assert life.ask(chat, body, WRONG) == 401
@@ -298,7 +305,7 @@ def test_no_secret_is_in_anything_that_a_server_leaves(
     left = life.left
     assert life.process.returncode == 0, left.outputs["file stderr"].decode()
     assert left.find(sha256(life.keys["usual"].encode()).hexdigest()), "or the books were not read"
-    for name in ("spool", "journal", "log"):
+    for name in ("spool", "journal", "log", "jsonl"):
         assert any(where.endswith(f".{name}") and what for where, what in left.outputs.items()), (
             name
         )
@@ -307,4 +314,4 @@ def test_no_secret_is_in_anything_that_a_server_leaves(
         assert left.find(secret) == [], name
     for word in WORDS.split()[::2]:
         where = [name for name, what in left.outputs.items() if word.encode() in what]
-        assert all(name.startswith("response") for name in where), where
+        assert all(name.startswith("response") or ".content/" in name for name in where), where

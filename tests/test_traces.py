@@ -94,6 +94,7 @@ def test_what_it_took_lies_below_it(collector: Collector, chat: Chat) -> None:
         "chat local/tiny": "",
         "ask Pipeline": collector["chat local/tiny"].id,
         "decide": collector["ask Pipeline"].id,
+        "queue": collector["ask Pipeline"].id,
         "first token": collector["ask Pipeline"].id,
     }
     assert {span.name: span.parent_id for span in collector.spans} == above

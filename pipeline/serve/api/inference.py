@@ -172,7 +172,10 @@ class Inference:
         if self.ledger:
             self.ledger.follow(record.id, record.generation)
         try:
-            async with endpoint.door.entered(_guest(asking.arrival.key)):
+            async with contextlib.AsyncExitStack() as inside:
+                with step(asking.exchange.trace, "queue"):
+                    guest = _guest(asking.arrival.key)
+                    await inside.enter_async_context(endpoint.door.entered(guest))
                 await self._reply(asking, record)
             if asking.repeating:
                 asking.repeating.keep(record)
