@@ -17,7 +17,7 @@ from aiohttp import web
 
 from pipeline.chat import Chat
 from pipeline.engine.llamacpp import LlamaCpp
-from pipeline.engine.protocol import Delta, Sampling, StopToken
+from pipeline.engine.protocol import PLAIN, Delta, Lane, Sampling, StopToken
 from pipeline.errors import EngineError
 from pipeline.serve.asking.grammar import Function, Tags, either, json_object, tool_calls
 
@@ -46,8 +46,10 @@ async def fake(answer: Answer) -> AsyncIterator[LlamaCpp]:
         await runner.cleanup()
 
 
-async def gather(engine: LlamaCpp, prompt_ids: list[int], sampling: Sampling) -> list[Delta]:
-    return [delta async for delta in engine.generate(prompt_ids, sampling)]
+async def gather(
+    engine: LlamaCpp, prompt_ids: list[int], sampling: Sampling, lane: Lane = PLAIN
+) -> list[Delta]:
+    return [delta async for delta in engine.generate(prompt_ids, sampling, lane)]
 
 
 def streamed(*parts: bytes) -> Answer:
@@ -228,6 +230,11 @@ async def _counts_and_repeats(engine: LlamaCpp, chat: Chat) -> None:
     assert first[-1].num_prompt_tokens == len(prompt_ids)
     assert second[-1].num_cached_tokens == len(prompt_ids) - 1
     assert sum(d.num_tokens for d in first) == first[-1].num_completion_tokens <= 12
+    salts = ["one", "one", "other", "other", "third"]
+    salted = [await gather(engine, prompt_ids, GREEDY, Lane(cache_salt=salt)) for salt in salts]
+    cached = len(prompt_ids) - 1
+    assert [s[-1].num_cached_tokens for s in salted] == [0, cached, 0, cached, 0]
+    assert {"".join(d.text for d in s) for s in salted} == {"".join(d.text for d in first)}
     seeded = [await gather(engine, prompt_ids, Sampling(12, seed=7)) for _ in range(2)]
     assert seeded[0][-1].finish == seeded[1][-1].finish
     assert "".join(d.text for d in seeded[0]) == "".join(d.text for d in seeded[1])

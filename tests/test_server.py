@@ -23,8 +23,8 @@ from scripted import ScriptedEngine
 
 from pipeline.errors import BaseError, GateMissed, PipelineError
 from pipeline.serve import ask as asking
-from pipeline.serve import server
 from pipeline.serve.ask import ask_both_modes
+from pipeline.serve.listening import listen
 from pipeline.serve.offer.catalog import Served
 from pipeline.serve.server import serve
 from pipeline.serve.settings import Settings
@@ -142,11 +142,11 @@ def test_a_taken_port_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
 
 
 def test_a_port_is_taken_before_the_model_is_loaded() -> None:
-    with server._listen("127.0.0.1", 0) as first:
+    with listen("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
         with (
             pytest.raises(PipelineError, match="choose another port"),
-            server._listen("127.0.0.1", port),
+            listen("127.0.0.1", port),
         ):
             pass
         with socket.create_connection(("127.0.0.1", port), timeout=1):
@@ -407,5 +407,5 @@ def test_an_idle_server_of_golden_is_small(process: Start, golden: Path) -> None
 
 def test_no_response_waits_for_an_acknowledgement_of_its_headers() -> None:
     # Where the protocol is named asyncio sets TCP_NODELAY on every connection.
-    with server._listen("127.0.0.1", 0) as listener:
+    with listen("127.0.0.1", 0) as listener:
         assert listener.proto == socket.IPPROTO_TCP

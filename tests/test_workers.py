@@ -1,6 +1,7 @@
 """Several processes that answer: one address, one set of limits, engines that one has started."""
 
 import concurrent.futures
+import contextlib
 import os
 import re
 import shutil
@@ -45,7 +46,12 @@ class House:
             return Server(self.url, Keys(books).create("mine", columns))
 
     def children(self, word: str) -> list[psutil.Process]:
-        return [child for child in self.parent.children() if word in child.cmdline()]
+        found = []
+        for child in self.parent.children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just died
+                if word in child.cmdline():
+                    found.append(child)
+        return found
 
     @property
     def workers(self) -> list[psutil.Process]:

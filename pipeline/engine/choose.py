@@ -49,8 +49,11 @@ def choose_engine(word: str, *, is_gguf: bool = False) -> EngineChoice:
     return EngineChoice("elsewhere", urls=urls)
 
 
-async def connect(url: str, api_key: str) -> Engine:
-    """Speak to a server somebody else runs, in llama.cpp's own dialect or else in vLLM's."""
+async def connect(url: str, api_key: str, part: int = 0, num_parts: int = 1) -> Engine:
+    """Speak to a server somebody else runs, in llama.cpp's own dialect or else in vLLM's.
+
+    The part is one of the processes of ours that do.
+    """
     asking = Connection("the engine", url, api_key=api_key)
     try:
         found = await asking.get("/props")
@@ -61,7 +64,7 @@ async def connect(url: str, api_key: str) -> Engine:
     finally:
         await asking.close()
     if "default_generation_settings" in found:
-        return await LlamaCpp.at(url, api_key)
+        return await LlamaCpp.at(url, api_key, part, num_parts)
     return await Vllm.at(url, api_key)
 
 

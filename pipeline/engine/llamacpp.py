@@ -14,6 +14,7 @@ from pipeline.engine.connection import Connection, message
 from pipeline.engine.hosted import Hosted
 from pipeline.engine.llamacpp_wire import Reading, completion_body, likeliest
 from pipeline.engine.protocol import PLAIN, Capability, Delta, Lane, Sampling
+from pipeline.engine.slots import Slots
 from pipeline.errors import EngineError
 
 START_TIMEOUT_S = 600
@@ -49,6 +50,7 @@ class LlamaCpp(Hosted):
         """Not for callers: `start` and `at` also wait until the server answers."""
         super().__init__(connection)
         self.context_tokens = 0
+        self._slots = Slots(1)
         self._adapters = tuple(adapters)
         """In llama.cpp's order."""
         self.capabilities = _CAPABILITIES
@@ -90,7 +92,7 @@ class LlamaCpp(Hosted):
         engine = cls(Connection("llama.cpp", "http://llama.cpp", child), loras)
         try:
             await asyncio.wait_for(engine._wait_until_healthy(child), START_TIMEOUT_S)
-            engine.context_tokens = await engine._read_context()
+            await engine._read_properties()
         except BaseException as error:
             child.kill()
             await engine.close()
@@ -101,22 +103,30 @@ class LlamaCpp(Hosted):
         return engine
 
     @classmethod
-    async def join(cls, socket: Path, adapters: Iterable[str]) -> "LlamaCpp":
-        """Speak to what another process of ours has started, with these adapters."""
+    async def join(
+        cls, socket: Path, adapters: Iterable[str], part: int = 0, num_parts: int = 1
+    ) -> "LlamaCpp":
+        """Speak to what another process of ours has started, with these adapters.
+
+        Of several that do, each has a part of its slots.
+        """
         engine = cls(Connection("llama.cpp", "http://llama.cpp", socket), adapters)
         try:
-            engine.context_tokens = await engine._read_context()
+            await engine._read_properties(part, num_parts)
         except BaseException:
             await engine.close()
             raise
         return engine
 
     @classmethod
-    async def at(cls, url: str, api_key: str = "") -> "LlamaCpp":
-        """Speak to a llama.cpp server somebody else runs, such as http://127.0.0.1:8080."""
+    async def at(cls, url: str, api_key: str = "", part: int = 0, num_parts: int = 1) -> "LlamaCpp":
+        """Speak to a llama.cpp server somebody else runs, such as http://127.0.0.1:8080.
+
+        Of several processes of ours that do, each has a part of its slots.
+        """
         engine = cls(Connection("llama.cpp", url, api_key=api_key))
         try:
-            engine.context_tokens = await engine._read_context()
+            await engine._read_properties(part, num_parts)
         except BaseException:
             await engine.close()
             raise
@@ -125,8 +135,26 @@ class LlamaCpp(Hosted):
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, lane: Lane = PLAIN
     ) -> AsyncGenerator[Delta, None]:
-        """Continue a prompt; closing the generator cancels, within one batch of the engine."""
+        """Continue a prompt; closing the generator cancels, within one batch of the engine.
+
+        What a lane with a salt leaves in the engine's cache is for lanes with that salt alone.
+        """
         body = self.body(prompt_ids, sampling, lane)
+        if not lane.cache_salt:
+            async with contextlib.aclosing(self._continue(body, sampling)) as deltas:
+                async for delta in deltas:
+                    yield delta
+            return
+        owner = (lane.cache_salt, lane.adapter)
+        async with self._slots.taken(owner, prompt_ids) as (number, may_go_on):
+            body |= {"id_slot": number, "cache_prompt": body["cache_prompt"] and may_go_on}
+            async with contextlib.aclosing(self._continue(body, sampling)) as deltas:
+                async for delta in deltas:
+                    yield delta
+
+    async def _continue(
+        self, body: Mapping[str, Any], sampling: Sampling
+    ) -> AsyncGenerator[Delta, None]:
         reading = Reading(sampling)
         events = self.connection.events(self.route, body)
         async with contextlib.aclosing(events):
@@ -187,11 +215,12 @@ class LlamaCpp(Hosted):
                 raise EngineError(_why_gone(child.log))
             await asyncio.sleep(0.05)
 
-    async def _read_context(self) -> int:
-        """How many tokens one slot holds."""
+    async def _read_properties(self, part: int = 0, num_parts: int = 1) -> None:
+        """How many slots there are, and how many tokens one holds."""
         answer = await self.connection.get("/props")
         try:
-            return int(answer["default_generation_settings"]["n_ctx"])
+            self.context_tokens = int(answer["default_generation_settings"]["n_ctx"])
+            self._slots = Slots(int(answer.get("total_slots", 1)), part, num_parts)
         except (KeyError, TypeError, ValueError) as error:
             url = self.connection.url
             raise EngineError(f"{url} does not answer like llama.cpp's server") from error

@@ -48,7 +48,9 @@ async def _serve(
 ) -> None:
     reader, writer = await asyncio.open_unix_connection(sock=line)
     pages = Pages(post.folder, f"worker-{post.number}")
-    start = functools.partial(join_engine, links=post.folder)
+    start = functools.partial(
+        join_engine, links=post.folder, part=post.number, num_parts=post.settings.workers
+    )
     fleet = Fleet(start, post.settings.workers)
 
     @contextlib.asynccontextmanager

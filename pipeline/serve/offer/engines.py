@@ -79,16 +79,18 @@ async def start_engine(
     return await _start(setup, setup.load, chat, links)
 
 
-async def join_engine(setup: EngineSetup, chat: asyncio.Future[Chat], links: Path) -> Engine:
-    """The same where another process has started it."""
+async def join_engine(
+    setup: EngineSetup, chat: asyncio.Future[Chat], links: Path, part: int, num_parts: int
+) -> Engine:
+    """The same where another process has started it, as one of several."""
     load = setup.load
     if load is None:
-        return await _reach(setup.urls, chat)
+        return await _reach(setup.urls, chat, part, num_parts)
 
     async def join(link: str) -> Engine:
         if setup.kind == "vllm":
             return await Vllm.join(Path(link), load.weights, load.adapters)
-        return await LlamaCpp.join(Path(link), load.adapters)
+        return await LlamaCpp.join(Path(link), load.adapters, part, num_parts)
 
     return await Pool.at([str(_link(links, setup))], join)
 
@@ -138,10 +140,14 @@ async def _start(
     return await Supervisor.start(f"{_NAMES[setup.kind]} with {load.weights}", start, warm_up, logs)
 
 
-async def _reach(urls: tuple[str, ...], chat: asyncio.Future[Chat]) -> Pool:
+async def _reach(
+    urls: tuple[str, ...], chat: asyncio.Future[Chat], part: int = 0, num_parts: int = 1
+) -> Pool:
     """Engines that somebody else runs, with the API key that the environment holds."""
     key = os.environ.get(KEY_VARIABLE, "")
-    pool = await Pool.at(urls, functools.partial(connect, api_key=key))
+    pool = await Pool.at(
+        urls, functools.partial(connect, api_key=key, part=part, num_parts=num_parts)
+    )
     try:
         await warm(pool, _hello(await chat))
     except BaseException:

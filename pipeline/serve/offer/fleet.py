@@ -35,7 +35,7 @@ class Fleet:
     """Every engine that runs: use `async with`, and `let_go` when the models found are on offer."""
 
     def __init__(self, start: Starter = start_engine, num_sharing: int = 1) -> None:
-        """`num_sharing` processes have the same engines, and each a part of their queues."""
+        """`num_sharing` processes have the same engines, each a part of their slots and queues."""
         self._start = start
         self._num_sharing = num_sharing
         self._running: dict[Hashable, _Running] = {}
@@ -70,9 +70,8 @@ class Fleet:
             await _close(running[key].engine for key in running.keys() - self._running.keys())
             raise
         for entry, setup in wanted:
-            most = entry.max_inside(setup)
-            share = most and math.ceil(most / self._num_sharing)
-            running[setup.key].door.resize(share, setup.slots)
+            sizes = (entry.max_inside(setup), setup.slots)
+            running[setup.key].door.resize(*map(self._share, sizes))
         unused = self._running.keys() - running.keys()
         self._unused += [self._running[key].engine for key in unused]
         self._running = running
@@ -101,6 +100,9 @@ class Fleet:
         await asyncio.gather(*leaving, return_exceptions=True)
         running = (found.engine for found in self._running.values())
         await _close([*running, *self._unused, *leaving.values()])
+
+    def _share(self, number: int | None) -> int | None:
+        return number and math.ceil(number / self._num_sharing)
 
     async def _find(self, entry: Entry, setup: EngineSetup) -> _Running:
         """Reading a tokenizer takes a second, in which an engine loads its model."""
