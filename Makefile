@@ -10,6 +10,8 @@
 # make bench-engine tokens a second through the server beside the engine alone
 # make bench-gateway  what the server costs itself, beside a bare forwarder and LiteLLM's proxy
 # make soak         1,000 streams, leaks, overload, faults at random and kill -9; 5 minutes
+# make audit        known vulnerabilities of what a server is installed with, from PyPI's records
+# make requirements what that is, with hashes: recipes/serve/requirements.txt
 # make all RECIPE=recipes/NAME.yaml   the chain of stages; each stage is a target of its own too
 
 RECIPE ?= recipes/demo.yaml
@@ -28,7 +30,7 @@ TESTS := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 QUESTION := With what request header do I opt in to response caching?
 SYSTEM := You are the support assistant for the OpenRouter chat API.
 
-.PHONY: demo all data plan train merge export certify evaluate serve compressor engine-vllm vllm-cuda vllm-cpu clients postgres test test-all check bench-data bench-train bench-merge bench-engine bench-gateway soak constraints clean
+.PHONY: demo all data plan train merge export certify evaluate serve compressor engine-vllm vllm-cuda vllm-cpu clients postgres test test-all check bench-data bench-train bench-merge bench-engine bench-gateway soak constraints requirements audit clean
 
 demo: .venv/ready bases/demo/base.json
 	$(PIPELINE) check recipes/demo.yaml
@@ -173,6 +175,24 @@ constraints:
 	$(BIN)/python -m pip install --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[train,serve,dev]'
 	$(FREEZE) > constraints.txt
+
+# The same pins for a server alone, for every platform, each file by its hash.
+requirements: .venv-audit/ready
+	.venv-audit/bin/uv pip compile pyproject.toml --extra serve --extra postgres --extra traces \
+	  --constraint constraints.txt --universal --python-version 3.11 --generate-hashes --no-annotate \
+	  --custom-compile-command "make requirements" --output-file recipes/serve/requirements.txt --quiet
+
+# Known vulnerabilities that are accepted: --ignore-vuln ID, and above it a line that says why.
+ACCEPTED :=
+# Strict: a package that could not be looked up is no package without vulnerabilities.
+audit: .venv-audit/ready
+	.venv-audit/bin/pip-audit --strict --disable-pip --require-hashes $(ACCEPTED) \
+	  -r recipes/serve/requirements.txt
+
+.venv-audit/ready:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1
+	@touch $@
 
 clean:
 	rm -rf runs bases

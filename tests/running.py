@@ -9,15 +9,13 @@ from contextlib import contextmanager
 import uvicorn
 
 from pipeline.serve.api.app import App
+from pipeline.serve.gateway import configure
 
 
 @contextmanager
 def running(app: App) -> Iterator[str]:
     """Its address."""
-    config = uvicorn.Config(
-        app, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=1
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(configure(app))
 
     async def serve() -> None:
         try:

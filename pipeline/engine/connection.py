@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
@@ -105,11 +106,11 @@ class Connection:
             pass
 
     async def events(
-        self, path: str, body: Mapping[str, Any]
+        self, path: str, body: Mapping[str, Any], headers: Mapping[str, str] = MappingProxyType({})
     ) -> AsyncGenerator[dict[str, Any], None]:
         """The JSON of each event that a POST gives; `[DONE]` and comments are none."""
         rest = b""
-        async with self._posted(path, body) as response:
+        async with self._posted(path, body, headers) as response:
             # A chunk of the connection may hold several events, or half a one; an event is a line.
             async for chunk in response.content.iter_any():
                 *lines, rest = (rest + chunk).split(b"\n")
@@ -161,13 +162,13 @@ class Connection:
 
     @contextlib.asynccontextmanager
     async def _posted(
-        self, path: str, body: Mapping[str, Any]
+        self, path: str, body: Mapping[str, Any], headers: Mapping[str, str] = MappingProxyType({})
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         try:
             async with self._session.post(
                 self.url + path,
                 data=orjson.dumps(body),
-                headers={"Content-Type": "application/json"},
+                headers={"Content-Type": "application/json", **headers},
                 allow_redirects=False,
             ) as response:
                 if response.status != 200:

@@ -19,9 +19,11 @@ from pipeline.serve.books.ledger import Ledger
 from pipeline.serve.books.shared_uses import SharedUses
 from pipeline.serve.content.log import ContentLog
 from pipeline.serve.monitoring.pages import Pages
+from pipeline.serve.monitoring.traces import Traces
 from pipeline.serve.offer.catalog import Catalog
 from pipeline.serve.offer.fleet import Fleet, Requests
 from pipeline.serve.offer.offering import Offering
+from pipeline.serve.receiving import BoundedProtocol
 from pipeline.serve.schema.reply import ChatStyle
 from pipeline.serve.settings import Settings, read_target
 
@@ -61,6 +63,7 @@ class Gateway:
     style: ChatStyle
     pages: Pages | None = None
     """Of a worker's fellows."""
+    traces: Traces | None = None
 
     async def run(self, listener: socket.socket, fleet: Fleet, alongside: Alongside) -> None:
         """Until a signal comes; while the engines start, it stops that."""
@@ -77,8 +80,9 @@ class Gateway:
             uses=self.uses,
             content_log=self.content_log,
             pages=self.pages,
+            traces=self.traces,
         )
-        server = _Server(_configure(app))
+        server = _Server(configure(app))
 
         requests = server.server_state.tasks
 
@@ -132,9 +136,11 @@ def on_signals(action: Callable[[], object]) -> None:
         loop.add_signal_handler(number, action)
 
 
-def _configure(app: App) -> uvicorn.Config:
+def configure(app: App) -> uvicorn.Config:
+    """How HTTP is spoken."""
     return uvicorn.Config(
         app,
+        http=BoundedProtocol,
         log_config=None,
         access_log=False,
         server_header=False,

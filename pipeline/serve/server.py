@@ -23,6 +23,7 @@ from pipeline.serve.control import obeying
 from pipeline.serve.crew import Crew
 from pipeline.serve.gateway import Gateway, Running, doing
 from pipeline.serve.listening import listen, share, url_of
+from pipeline.serve.monitoring.traces import open_traces
 from pipeline.serve.offer.catalog import Served
 from pipeline.serve.offer.entries import read_entries
 from pipeline.serve.offer.fleet import Fleet
@@ -73,13 +74,14 @@ def opened(path: Path, settings: Settings, menu: Menu) -> Iterator[Gateway]:
         open_books(settings.books or menu.books) as books,
         open_ledger(books) as ledger,
         open_content_log(menu.content, books.url) as content_log,
+        open_traces() as traces,
     ):
         style = ChatStyle(menu.usage_chunk, has_reasoning_content=settings.is_provider)
         # Somebody else may have a database's books, but those in a file only our own workers.
         is_alone = books.dialect.name == "sqlite" and settings.workers == 1
         uses = None if is_alone else SharedUses(books, ledger)
         keys = _who_may_ask(Keys(books), settings)
-        yield Gateway(path, settings, keys, ledger, content_log, uses, style)
+        yield Gateway(path, settings, keys, ledger, content_log, uses, style, traces=traces)
 
 
 @contextlib.asynccontextmanager

@@ -24,6 +24,7 @@ from pipeline.serve.books.uses import OwnUses, Uses
 from pipeline.serve.content.log import ContentLog
 from pipeline.serve.monitoring.metrics import CONTENT_TYPE, Metrics, of_processes
 from pipeline.serve.monitoring.pages import Pages
+from pipeline.serve.monitoring.traces import Traces
 from pipeline.serve.offer.catalog import Catalog
 from pipeline.serve.openapi.description import Description
 from pipeline.serve.routing.endpoints import Endpoints
@@ -82,6 +83,7 @@ class App:
     content_log: ContentLog | None = None
     """None keeps no word, whatever a key says."""
     metrics: Metrics = field(default_factory=Metrics)
+    traces: Traces | None = None
     pages: Pages | None = None
     """Of the other processes of this server; None is that there are none."""
 
@@ -180,6 +182,18 @@ class App:
                 if not exchange.is_counted:
                     self.metrics.refused(failure.status, key)
                 raise failure from error
+
+        return self._traced(answer)
+
+    def _traced(self, handler: Handler) -> Handler:
+        traces = self.traces
+        if traces is None:
+            return handler
+
+        async def answer(exchange: Exchange) -> None:
+            path = exchange.scope["path"].rstrip("/")
+            with traces.request(path, exchange.headers) as exchange.trace:
+                await handler(exchange)
 
         return answer
 

@@ -12,6 +12,7 @@ import orjson
 from starlette.types import Message, Receive, Scope, Send
 
 from pipeline.errors import RequestError
+from pipeline.serve.monitoring.traces import Trace
 from pipeline.serve.skins.chat import CHAT
 from pipeline.serve.skins.skin import Skin
 
@@ -68,6 +69,8 @@ class Exchange:
         """The dialect that a failure is told in."""
         self.metadata: dict[str, Any] | None = None
         """How far the request got, if the client wants to know; for a failure to tell."""
+        self.trace: Trace | None = None
+        """Where it is told, if anywhere."""
         self.last_write_s = 0.0
         """When something was last sent, by the event loop's clock."""
         self._receive = receive
@@ -94,6 +97,11 @@ class Exchange:
 
     async def read_body(self) -> bytes:
         """The request's body; RequestError 413 as soon as it is too long."""
+        if self.headers.get("content-encoding", "identity").lower() != "identity":
+            raise RequestError("send the body as it is, without Content-Encoding", 415)
+        length = self.headers.get("content-length", "")
+        if length.isdecimal() and int(length) > MAX_BODY_BYTES:
+            raise _too_large()
         body = bytearray()
         while True:
             message = await self._receive()
@@ -101,8 +109,7 @@ class Exchange:
                 raise HungUp
             body += message.get("body", b"")
             if len(body) > MAX_BODY_BYTES:
-                what = f"the body is larger than {MAX_BODY_BYTES} bytes"
-                raise RequestError(what, 413, "payload_too_large")
+                raise _too_large()
             if not message.get("more_body"):
                 return bytes(body)
 
@@ -186,3 +193,7 @@ class Exchange:
         except OSError as error:  # what newer ASGI servers raise once the client has gone
             raise HungUp from error
         self.last_write_s = asyncio.get_running_loop().time()
+
+
+def _too_large() -> RequestError:
+    return RequestError(f"the body is larger than {MAX_BODY_BYTES} bytes", 413, "payload_too_large")

@@ -25,6 +25,7 @@ from pipeline.serve.books.ledger import Ledger
 from pipeline.serve.content.log import ContentLog
 from pipeline.serve.monitoring.metrics import Metrics
 from pipeline.serve.monitoring.reply_log import tell
+from pipeline.serve.monitoring.traces import attempt, step
 from pipeline.serve.offer.catalog import Catalog
 from pipeline.serve.offer.door import ANYBODY, Guest
 from pipeline.serve.replying.choices import Indexed
@@ -107,6 +108,9 @@ class Inference:
         route = find_route(request, self.catalog, self.endpoints_of)
         route = replace(route, requested=(*exchange.asked_models, route.requested)[0])
         route = permitted(route, arrival.key)
+        if exchange.trace:
+            operation = "chat" if request.messages else "text_completion"
+            exchange.trace.asked(operation, route.endpoints[0].served.slug, arrival.id)
         path = exchange.scope["path"]
         repeating = find_wish(self.cache, arrival, path, body, route, request)
         asking = Asking(exchange, skin, arrival, values, request, route, repeating)
@@ -136,7 +140,8 @@ class Inference:
         while left:
             endpoint = left.pop(0)
             try:
-                await self._try(asking, endpoint, is_last=not left)
+                with attempt(asking.exchange.trace, endpoint.provider):
+                    await self._try(asking, endpoint, is_last=not left)
                 return
             except (RequestError, EngineError) as error:
                 if asking.exchange.has_said:
@@ -154,7 +159,8 @@ class Inference:
 
     async def _try(self, asking: Asking, endpoint: Endpoint, *, is_last: bool) -> None:
         asking.attempts.append(Attempt(endpoint, 200))
-        answering = await endpoint.prepare(asking.request, _lane(asking))
+        with step(asking.exchange.trace, "decide"):
+            answering = await endpoint.prepare(asking.request, _lane(asking))
         keeps = asking.repeating is not None
         record = Record(asking.arrival, asking.request, answering, keeps_events=keeps)
         async with self.limits.reserved(asking.arrival, record):
@@ -166,7 +172,10 @@ class Inference:
         if self.ledger:
             self.ledger.follow(record.id, record.generation)
         try:
-            async with endpoint.door.entered(_guest(asking.arrival.key)):
+            async with contextlib.AsyncExitStack() as inside:
+                with step(asking.exchange.trace, "queue"):
+                    guest = _guest(asking.arrival.key)
+                    await inside.enter_async_context(endpoint.door.entered(guest))
                 await self._reply(asking, record)
             if asking.repeating:
                 asking.repeating.keep(record)
@@ -185,7 +194,8 @@ class Inference:
         answering = record.answering
         async with contextlib.aclosing(record.noted(answering.replies)) as events:
             # Nothing is sent before the first event: until then a failure has a status.
-            first = await anext(events)
+            with step(asking.exchange.trace, "first token"):
+                first = await anext(events)
             headers = asking.repeating.headers if asking.repeating else {}
             await self._send(asking, record, _chain(first, events), headers)
 
@@ -222,6 +232,8 @@ class Inference:
         generation = record.generation()
         self.metrics.replied(generation, record.status, record.gaps)
         tell(generation, record.status, asking.arrival.key)
+        if asking.exchange.trace:
+            asking.exchange.trace.tell(generation, record.status)
         if self.content_log and record.logs_content:
             self.content_log.put(record.entry(generation, asking.exchange.scope["path"]))
         if self.ledger is None:
@@ -244,6 +256,8 @@ def _opening(asking: Asking) -> Opening:
 async def _tell_late(asking: Asking, failure: RequestError) -> None:
     """In the body, as the status is out."""
     exchange, skin = asking.exchange, asking.skin
+    if exchange.trace:
+        exchange.trace.fail(failure.status, failure.error_type)
     if not asking.request.stream:
         body = skin.error_body(failure, exchange.asked_models, exchange.metadata)
         await exchange.answer(body, failure.status, {})

@@ -15,6 +15,7 @@ from llguidance import LLMatcher, LLTokenizer, grammar_from
 
 from pipeline.chat import CALL, END_CALL, Chat
 from pipeline.errors import RequestError
+from pipeline.serve.asking.nesting import is_deeper
 
 MAX_SCHEMA_CHARACTERS = 100_000
 MAX_GRAMMAR_CHARACTERS = 20_000
@@ -206,10 +207,7 @@ def _named(warning: str) -> list[str]:
 
 def _refuse_huge(schema: Any, where: str) -> None:
     """Refuse what would take long to compile, here or in the engine."""
-    level, depth = [schema], 0
-    while level := [child for value in level for child in _children(value)]:
-        depth += 1
-    if depth > MAX_DEPTH:
+    if is_deeper(schema, MAX_DEPTH):
         raise RequestError(f"{where} is nested more than {MAX_DEPTH} levels deep")
     if len(json.dumps(schema)) > MAX_SCHEMA_CHARACTERS:
         raise RequestError(f"{where} is longer than {MAX_SCHEMA_CHARACTERS:,} characters")

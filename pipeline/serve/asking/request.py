@@ -17,10 +17,13 @@ from pydantic import (
 
 from pipeline.errors import RequestError
 from pipeline.serve.asking.faults import first_fault
+from pipeline.serve.asking.nesting import is_deeper
 from pipeline.serve.asking.preferences import Preferences
 
 Effort = Literal["max", "xhigh", "high", "medium", "low", "minimal", "none"]
 MAX_CHOICES = 8
+MAX_DEPTH = 128
+"""Of a body: somewhat more than of a schema in it."""
 COMPRESSION, HEALING = "context-compression", "response-healing"
 PLUGINS = (COMPRESSION, HEALING)
 # They ask for nothing in the reply: hints for a cache that is automatic here, a guess of the
@@ -233,6 +236,8 @@ def parse_object(body: bytes) -> dict[str, Any]:
         values = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise RequestError(f"the body is not JSON: {error}") from error
+    if body.count(b"{") + body.count(b"[") > MAX_DEPTH and is_deeper(values, MAX_DEPTH):
+        raise RequestError(f"the body is nested more than {MAX_DEPTH} levels deep")
     if not isinstance(values, dict):
         raise RequestError("the body must be a JSON object")
     return values

@@ -62,7 +62,7 @@ class Operation:
 
 _INFER, _MODELS, _KEY, _SERVER = "Replies", "Models", "Your key and its use", "This server"
 _MANAGING = "Keys, for who holds a management key"
-_REFUSED_REPLIES = (400, 401, 402, 403, 404, 413, 429, 500, 502, 503)
+_REFUSED_REPLIES = (400, 401, 402, 403, 404, 413, 415, 429, 500, 502, 503)
 _ID = {"id": "Of a generation, as its reply had it. Required."}
 
 
@@ -150,7 +150,7 @@ OPERATIONS = {
         _INFER,
         "Refused: no model here embeds",
         None,
-        (400, 401, 404, 413),
+        (400, 401, 404, 413, 415),
         ask=_EMBEDDINGS,
         needs_key=True,
     ),
@@ -194,10 +194,12 @@ OPERATIONS = {
         date="Only of this day, as YYYY-MM-DD.",
     ),
     "GET /keys": _managed("Every key", account.ManagedKeys, 400, query=KeysQuery),
-    "POST /keys": _managed("Make a key", account.NewManagedKey, 400, 413, ask=_NEW_KEY, status=201),
+    "POST /keys": _managed(
+        "Make a key", account.NewManagedKey, 400, 413, 415, ask=_NEW_KEY, status=201
+    ),
     "GET /keys/{hash}": _managed("One key", account.OneManagedKey, 404),
     "PATCH /keys/{hash}": _managed(
-        "Change a key", account.OneManagedKey, 400, 404, 413, ask=_KEY_CHANGE
+        "Change a key", account.OneManagedKey, 400, 404, 413, 415, ask=_KEY_CHANGE
     ),
     "DELETE /keys/{hash}": _managed("Delete a key", account.Deleted, 404),
     "/health": Operation(_SERVER, "Whether it runs", catalogue.Status),

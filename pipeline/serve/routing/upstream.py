@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.engine.connection import Connection
 from pipeline.errors import EngineDown, EngineError, EngineRefused
 from pipeline.serve.asking.request import ChatRequest
+from pipeline.serve.monitoring.traces import onward_headers
 from pipeline.serve.offer.catalog import Upstream
 from pipeline.serve.replying.choices import Indexed
 from pipeline.serve.replying.events import Tally
@@ -74,7 +75,7 @@ class Elsewhere:
         reply = UpstreamReply(self.upstream.provider, tallies, tells_cost=tells_cost)
         has_begun = False
         path = "/chat/completions" if request.messages else "/completions"
-        chunks = self._connection.events(path, self.body(request))
+        chunks = self._connection.events(path, self.body(request), onward_headers())
         async with contextlib.aclosing(chunks):
             async for chunk in chunks:
                 if chunk.get("error"):
