@@ -416,7 +416,7 @@ def test_a_request_that_may_use_more_than_a_minutes_tokens_has_one_to_itself(hou
 
 def test_so_many_requests_at_the_same_time(house: House) -> None:
     key = house.key(streams=2)
-    house.engine.delay_s = 0.01
+    house.engine.delay_s = 0.1
 
     async def ask_at_once() -> list[Answer]:
         return await asyncio.gather(

@@ -79,7 +79,7 @@ class Limits:
             await self.uses.settle(arrival.id, key, used, record.cost.total)
 
     async def spent(self, key: Key | None) -> Spent:
-        """By its replies that are in the books; None is whoever had no key."""
+        """By its replies that are booked, or wait to be; None is whoever had no key."""
         key_id = key.id if key else None
         return await self.ledger.spent(key_id, self.today()) if self.ledger else Spent()
 
