@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import datetime
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -17,7 +17,8 @@ from pipeline.serve.books import tables
 from pipeline.serve.books.database import open_books
 from pipeline.serve.books.keys import Key, Keys
 from pipeline.serve.books.ledger import Ledger
-from pipeline.serve.books.shared_uses import LEASE_S, SharedUses
+from pipeline.serve.books.shared_uses import SharedUses
+from pipeline.serve.books.use_rows import LEASE_S
 from pipeline.serve.books.uses import LimitReached, Most, Unaffordable
 from pipeline.serve.books.window import WINDOW_S
 
@@ -268,5 +269,35 @@ def test_only_what_still_counts_is_kept(processes: Sequence[Process], clock: Clo
             clock.now_s += WINDOW_S + 1
             await first.uses.sign()
             assert num_uses(first) == 1, "the one that is not in the books"
+
+    asyncio.run(talk())
+
+
+def test_who_hangs_up_while_it_is_being_let_in_holds_nothing(processes: Sequence[Process]) -> None:
+    key = make_key(processes[0], streams=1, limit_picodollars=10)
+    first, second = processes[:2]
+
+    async def hang_up_while_locked(asking: Awaitable[object]) -> None:
+        with second.books.connect() as connection, connection.begin():
+            hold(connection)
+            if connection.dialect.name == "postgresql":
+                connection.exec_driver_sql("LOCK TABLE uses IN SHARE MODE")
+            task = asyncio.ensure_future(asking)
+            await asyncio.sleep(0.1)
+            task.cancel()
+            await asyncio.sleep(0.1)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    async def talk() -> None:
+        async with living(processes):
+            await hang_up_while_locked(first.uses.begin("gen-1", key))
+            assert await second.hold("gen-2", key, 1, 10)
+            await second.uses.end("gen-2", key)
+            assert await first.enter("gen-3", key)
+            most = Most(1, 10, int(NOON * 1000), 0, 0)
+            await hang_up_while_locked(first.uses.reserve("gen-3", key, most))
+            await first.uses.end("gen-3", key)
+            assert await second.hold("gen-4", key, 1, 10)
 
     asyncio.run(talk())
