@@ -89,7 +89,7 @@ def test_a_reply_is_counted_with_its_tokens_and_its_times(
     serving: Any, books: Engine, ledger: Ledger
 ) -> None:
     keys = Keys(books)
-    key = keys.create("mine")
+    key = keys.create("mine", {"priority": "high"})
     with serving(ScriptedEngine(THOUGHT, delay_s=0.002), keys=keys, ledger=ledger) as base:
         usages = [
             Server(f"{base}/api/v1", key).ask(stream, messages=MESSAGES).usage
@@ -98,19 +98,19 @@ def test_a_reply_is_counted_with_its_tokens_and_its_times(
         page = fetch(base)
 
     values = read(page)
-    assert value(values, "pipeline_requests_total", "local/tiny", "200", "key") == 2
+    assert value(values, "pipeline_requests_total", "local/tiny", "200", "high") == 2
     for kind in ("prompt", "completion"):
         told = sum(usage[f"{kind}_tokens"] for usage in usages)
-        assert value(values, "pipeline_tokens_total", "local/tiny", "key", kind) == told
-    assert value(values, "pipeline_tokens_total", "local/tiny", "key", "reasoning") == 6
-    assert value(values, "pipeline_tokens_total", "local/tiny", "key", "cached") == 6
+        assert value(values, "pipeline_tokens_total", "local/tiny", "high", kind) == told
+    assert value(values, "pipeline_tokens_total", "local/tiny", "high", "reasoning") == 6
+    assert value(values, "pipeline_tokens_total", "local/tiny", "high", "cached") == 6
     first = "pipeline_time_to_first_token_seconds"
-    assert value(values, f"{first}_count", "local/tiny", "key") == 2
-    assert value(values, f"{first}_bucket", "local/tiny", "key", "+Inf") == 2
+    assert value(values, f"{first}_count", "local/tiny", "high") == 2
+    assert value(values, f"{first}_bucket", "local/tiny", "high", "+Inf") == 2
     # Of each reply: what was thought, two words of the answer, and its end.
-    assert value(values, "pipeline_inter_token_seconds_count", "local/tiny", "key") == 2 * 3
-    assert value(values, "pipeline_inter_token_seconds_sum", "local/tiny", "key") > 0
-    assert value(values, "pipeline_inter_token_seconds_bucket", "local/tiny", "key", "0.001") < 6
+    assert value(values, "pipeline_inter_token_seconds_count", "local/tiny", "high") == 2 * 3
+    assert value(values, "pipeline_inter_token_seconds_sum", "local/tiny", "high") > 0
+    assert value(values, "pipeline_inter_token_seconds_bucket", "local/tiny", "high", "0.001") < 6
     assert key not in page
     assert key[9:] not in page
     assert "secret" not in page

@@ -230,7 +230,7 @@ class Inference:
             return
         record.is_booked = asking.exchange.is_counted = True
         generation = record.generation()
-        self.metrics.replied(generation, record.status, record.gaps)
+        self.metrics.replied(generation, record.status, record.gaps, asking.arrival.key)
         tell(generation, record.status, asking.arrival.key)
         if asking.exchange.trace:
             asking.exchange.trace.tell(generation, record.status)

@@ -67,11 +67,11 @@ class Metrics:
 
     def refused(self, status: int, key: Key | None) -> None:
         """A request for which no reply was begun."""
-        self._requests.labels(_NOBODY, status, _class_of(key.id if key else None)).inc()
+        self._requests.labels(_NOBODY, status, _class_of(key)).inc()
 
-    def replied(self, generation: Generation, status: int, gaps: Spread) -> None:
+    def replied(self, generation: Generation, status: int, gaps: Spread, key: Key | None) -> None:
         """A reply that has ended; `gaps` are between what it told."""
-        model, key_class = generation.model, _class_of(generation.key_id)
+        model, key_class = generation.model, _class_of(key)
         self._requests.labels(model, status, key_class).inc()
         for kind, field in _TOKENS.items():
             self._tokens.labels(model, key_class, kind).inc(getattr(generation, field))
@@ -126,9 +126,9 @@ def of_processes(pages: Mapping[str, str]) -> bytes:
     )
 
 
-def _class_of(key_id: int | None) -> str:
-    """What kind of key a request had; who it is never stands in a metric."""
-    return "none" if key_id is None else "key"
+def _class_of(key: Key | None) -> str:
+    """The priority of a request's key; who it is never stands in a metric."""
+    return "none" if key is None else key.priority or "normal"
 
 
 @dataclass(frozen=True)
