@@ -46,6 +46,7 @@ def generation(number: int = 0, **changed: Any) -> Generation:
         "provider": "Elsewhere",
         "user_agent": "a client/1.0",
         "preset": "careful",
+        "price_version": "1000/2000/-/0",
         "cache_source": "gen-1767225599-00000000000000000000",
         "cost_picodollars": 5_000_000_000_000,
     }

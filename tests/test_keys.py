@@ -396,6 +396,7 @@ def back_to_0002(books: Engine) -> None:
         for name in ("ix_generations_created_ms", "ix_generations_model"):
             connection.exec_driver_sql(f"DROP INDEX {name}")
         connection.exec_driver_sql("DROP TABLE daily_sums")
+        connection.exec_driver_sql("ALTER TABLE generations DROP COLUMN price_version")
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0002'")
 
 

@@ -64,6 +64,7 @@ def test_a_generation_is_found_as_it_was_recorded(books: Engine, ledger: Ledger)
     optional = ("key_id", "artefact_hash", "finish_reason", "native_finish_reason", "error_type")
     optional += ("first_token_ms", "generation_ms", "http_referer", "app_title")
     optional += ("external_user", "session_id", "user_agent", "preset", "cache_source")
+    optional += ("price_version",)
     bare = generation(2, ignored=(), **dict.fromkeys(optional))
     assert all(getattr(full, field.name) not in (None, ()) for field in fields(full))
 

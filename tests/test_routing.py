@@ -214,6 +214,7 @@ def test_a_reply_costs_what_its_tokens_cost_and_the_books_say_the_same(
             row = asyncio.run(ledger.find(answer["id"]))
             assert row is not None
             assert row.cost_picodollars == prompt + completion
+            assert row.price_version == "50000/400000/20000/7"
         with house(chat, named(chat, "well"), keys=keys, ledger=ledger) as base:
             told = [get(base, path, key)["data"] for path in ("/key", "/credits")]
         sum_usd = sum(a["usage"]["cost"] for a in (whole.json, stream.chunks[-1]))

@@ -13,7 +13,7 @@ from pipeline.serve.books.ledger import Generation
 from pipeline.serve.content.entry import Entry, Spoken
 from pipeline.serve.content.log import wants_content
 from pipeline.serve.monitoring.spread import Spread
-from pipeline.serve.offer.price import NOTHING, Cost
+from pipeline.serve.offer.price import NOTHING, Cost, Price
 from pipeline.serve.replying.choices import Indexed, whole_usage
 from pipeline.serve.replying.events import Ended, Usage
 from pipeline.serve.routing.endpoint import Answering
@@ -103,8 +103,13 @@ class Record:
         billed = self.answering.tallies[0].cost_picodollars
         if billed is not None:
             return Cost(0, billed)
-        price = self.answering.endpoint.price
-        return price.cost(usage) if price else NOTHING
+        return self._price.cost(usage) if self._price else NOTHING
+
+    @property
+    def _price(self) -> Price | None:
+        """None where its cost is told by others, and of an answer that is told again."""
+        is_told = self.answering.tallies[0].cost_picodollars is not None
+        return None if is_told or self._cache_source else self.answering.endpoint.price
 
     @property
     def is_whole(self) -> bool:
@@ -160,6 +165,7 @@ class Record:
             error_type=self.error.error_type if self.error else None,
             ignored=self.answering.ignored,
             cost_picodollars=self.cost.total,
+            price_version=self._price.version if self._price else None,
             cache_source=self._cache_source,
             **self._times(),
             **self._labels(),

@@ -81,6 +81,9 @@ class Generation:
     user_agent: str | None = None
     preset: str | None = None
     """The one that the request was sent under."""
+    price_version: str | None = None
+    """Of the price that its cost was counted by: prompt, completion, cached and request, in
+    pico-dollars; None if whoever answered has told it, and for an answer that was told again."""
     cache_source: str | None = None
     """The id of the earlier reply that this one repeats."""
 

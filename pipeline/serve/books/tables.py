@@ -79,6 +79,7 @@ generations = Table(
     Column("user_agent", Text),
     Column("preset", Text),
     Column("cache_source", Text),
+    Column("price_version", Text),
     Index(None, "key_id", "created_ms", "cost_picodollars"),
     Index(None, "created_ms"),
     Index(None, "model", "provider", "created_ms", "error_type"),

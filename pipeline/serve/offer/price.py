@@ -42,6 +42,12 @@ class Price:
         """Whether nothing costs anything."""
         return not (self.prompt or self.completion or self.cached or self.request)
 
+    @property
+    def version(self) -> str:
+        """What tells it from any other: its four numbers, a dash for none."""
+        cached = "-" if self.cached is None else self.cached
+        return f"{self.prompt}/{self.completion}/{cached}/{self.request}"
+
     def cost(self, usage: Usage) -> Cost:
         """Of a reply of this size."""
         cached = self.prompt if self.cached is None else self.cached
