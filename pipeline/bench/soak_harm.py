@@ -16,7 +16,7 @@ from pipeline.bench.soak_server import Server, books_of
 
 _FULL_BYTES = 64 * 1024
 """No file may grow further on the disk that is full: the spool's first rows have room."""
-_JUMPS_S = (90_000, -90_000, 3600, 0)
+JUMPS_S = (90_000, -90_000, 3600, 0)
 """From the true time: past midnight, back before it, an hour ahead, and right again."""
 Harm = Callable[[], Awaitable[None]]
 
@@ -61,7 +61,6 @@ class Harms:
     server: Server
     folder: Path
     dice: random.Random
-    clock: Clock
     pause_s: tuple[float, float] = (1.0, 4.0)
     """Between two."""
 
@@ -80,12 +79,11 @@ class Harms:
     @property
     def kinds(self) -> dict[str, Harm]:
         """By their names."""
-        kinds: dict[str, Harm] = {
+        return {
             "engine killed": self._kill_engine,
             "books locked": self._lock_books,
             "disk full": self._fill_disk,
         }
-        return kinds | ({"clock jumped": self._jump} if self.clock.library else {})
 
     async def _kill_engine(self) -> None:
         for child in self.server.children():
@@ -105,9 +103,6 @@ class Harms:
         process.rlimit(resource.RLIMIT_FSIZE, (_FULL_BYTES, before[1]))
         await asyncio.sleep(self.dice.uniform(2, 6))
         process.rlimit(resource.RLIMIT_FSIZE, before)
-
-    async def _jump(self) -> None:
-        self.clock.jump(self.dice.choice(_JUMPS_S))
 
 
 def orphans(children: Sequence[psutil.Process]) -> list[str]:
