@@ -101,6 +101,23 @@ def test_in_a_full_queue_a_higher_priority_takes_the_place_of_a_lower_one() -> N
     assert visit(guests, max_inside=3) == (["a", "b", "c"], ["low", "d"])
 
 
+def test_who_would_be_sent_away_is_known_without_going_in() -> None:
+    async def talk() -> None:
+        crowd = Crowd(Door(2, 1))
+        for name, who in (("a", "x"), ("b", "x")):
+            await crowd.send(name, who)
+        crowd.door.check(Guest("y"))
+        crowd.door.check(Guest("x", 1))
+        with pytest.raises(RequestError, match="as many requests wait"):
+            crowd.door.check(Guest("x"))
+        assert (crowd.door.num_inside, crowd.refused) == (2, [])
+        for name in ("a", "b"):
+            await crowd.let_out(name)
+        crowd.door.check(Guest("x"))
+
+    asyncio.run(talk())
+
+
 def test_who_has_begun_is_never_sent_away() -> None:
     guests = [("a", "x", -1), ("b", "x", -1), ("c", "y", 1)]
 

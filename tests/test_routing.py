@@ -237,6 +237,7 @@ def test_a_full_engine_turns_away_at_once_and_another_model_may_answer(chat: Cha
         again = ask(base, model="slow", max_tokens=1)
 
     assert full.status == 429
+    assert len(slow.engine.asked) == 2, "nothing is asked for who is turned away"
     assert full.headers["Retry-After"] == "1"
     told = full.error["metadata"]["headers"]
     assert (told["X-RateLimit-Limit"], told["X-RateLimit-Remaining"]) == ("1", "0")

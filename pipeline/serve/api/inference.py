@@ -159,6 +159,7 @@ class Inference:
 
     async def _try(self, asking: Asking, endpoint: Endpoint, *, is_last: bool) -> None:
         asking.attempts.append(Attempt(endpoint, 200))
+        endpoint.door.check(_guest(asking.arrival.key))
         with step(asking.exchange.trace, "decide"):
             answering = await endpoint.prepare(asking.request, _lane(asking))
         keeps = asking.repeating is not None

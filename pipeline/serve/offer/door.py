@@ -84,6 +84,10 @@ class Door:
         self.max_inside, self.slots = max_inside, slots
         self._begin()
 
+    def check(self, guest: Guest) -> None:
+        """Raise what `entered` would, before any work is done for it."""
+        self._find_least(guest)
+
     @contextlib.asynccontextmanager
     async def entered(self, guest: Guest = ANYBODY) -> AsyncIterator[None]:
         """While a request is answered, once it is its turn.
@@ -91,8 +95,10 @@ class Door:
         RequestError 429 where there is no room to wait in. A router asks elsewhere then, and a
         reply that waits long for its turn is of no use to it.
         """
-        if self.max_inside is not None and self.num_inside >= self.max_inside:
-            self._make_room(guest, self.max_inside)
+        if least := self._find_least(guest):
+            self._waiting.remove(least)
+            if not least.begun.cancelled():
+                least.begun.set_exception(self._refusal())
         await self._wait(guest)
         try:
             yield
@@ -135,23 +141,26 @@ class Door:
         who = waiting.guest.who
         return -waiting.guest.priority, self._making[who], self._turns.get(who, -1)
 
-    def _make_room(self, guest: Guest, max_inside: int) -> None:
-        """Send somebody away: this guest, or one that has less of a claim."""
-        refused = RequestError(
+    def _find_least(self, guest: Guest) -> _Waiting | None:
+        """Who has to leave for this guest, if anybody has; RequestError if that is itself."""
+        if self.max_inside is None or self.num_inside < self.max_inside:
+            return None
+        least = min(reversed(self._waiting), key=self._claim, default=None)
+        own = (guest.priority, -self._num_inside_of(guest.who) - 1)
+        if least is None or self._claim(least) >= own:
+            raise self._refusal()
+        return least
+
+    def _refusal(self) -> RequestError:
+        most = self.max_inside or 0
+        return RequestError(
             "Rate limit exceeded: as many requests wait for this model as may",
             429,
             "rate_limit_exceeded",
             WAIT_S,
             Availability("capacity_exhausted", retryable=True),
-            rate_limit_headers(max_inside, 0, time.time() + WAIT_S),
+            rate_limit_headers(most, 0, time.time() + WAIT_S),
         )
-        least = min(reversed(self._waiting), key=self._claim, default=None)
-        own = (guest.priority, -self._num_inside_of(guest.who) - 1)
-        if least is None or self._claim(least) >= own:
-            raise refused
-        self._waiting.remove(least)
-        if not least.begun.cancelled():
-            least.begun.set_exception(refused)
 
     def _claim(self, waiting: _Waiting) -> tuple[int, int]:
         """To a place in the queue: the more of its sender are inside, the less."""
