@@ -3,23 +3,21 @@
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from pipeline.engine.protocol import Lane
 from pipeline.errors import BooksError, EngineError, RequestError
 from pipeline.serve import schema
-from pipeline.serve.api.exchange import Exchange, HungUp, Opening
+from pipeline.serve.api.asking import Asking
+from pipeline.serve.api.exchange import Exchange, HungUp
 from pipeline.serve.api.failures import as_request_error, is_passing
 from pipeline.serve.api.limits import Limits, permitted
 from pipeline.serve.api.record import Arrival, Record
-from pipeline.serve.api.repeating import Repeating, find_wish
+from pipeline.serve.api.repeating import find_wish
 from pipeline.serve.api.response_cache import ResponseCache
-from pipeline.serve.api.sending import STREAM_HEADERS, Reply, send_stream, send_whole
+from pipeline.serve.api.sending import Reply, send_stream, send_whole
 from pipeline.serve.asking.presets import with_preset
-from pipeline.serve.asking.request import HEALING, ChatRequest, parse_object
-from pipeline.serve.books.allowance import PRIORITIES
+from pipeline.serve.asking.request import parse_object
 from pipeline.serve.books.keys import Key
 from pipeline.serve.books.ledger import Ledger
 from pipeline.serve.content.log import ContentLog
@@ -27,57 +25,15 @@ from pipeline.serve.monitoring.metrics import Metrics
 from pipeline.serve.monitoring.reply_log import tell
 from pipeline.serve.monitoring.traces import attempt, step
 from pipeline.serve.offer.catalog import Catalog
-from pipeline.serve.offer.door import ANYBODY, Guest
 from pipeline.serve.replying.choices import Indexed
 from pipeline.serve.replying.events import Usage
 from pipeline.serve.routing.endpoint import Answering, Endpoint
 from pipeline.serve.routing.endpoints import Endpoints
-from pipeline.serve.routing.route import Route, asked_models, find_route
-from pipeline.serve.schema.metadata import Attempt, metadata_body
-from pipeline.serve.skins.skin import Bill, Body, Heading, Skin
+from pipeline.serve.routing.route import asked_models, find_route
+from pipeline.serve.schema.metadata import Attempt
+from pipeline.serve.skins.skin import Bill, Heading, Skin
 
 log = logging.getLogger(__name__)
-
-_SALT_DIGITS = 32
-_WANTS_METADATA = ("x-openrouter-metadata", "x-openrouter-experimental-metadata")
-
-
-@dataclass(frozen=True)
-class Asking:
-    """One request on its way to an answer."""
-
-    exchange: Exchange
-    skin: Skin
-    arrival: Arrival
-    values: Body
-    """Its body."""
-    request: ChatRequest
-    route: Route
-    repeating: Repeating | None = None
-    """None if its answer must be made for it alone."""
-    attempts: list[Attempt] = field(default_factory=list)
-
-    def heading(self, endpoint: Endpoint, **others: Any) -> Heading:
-        """Of a reply from there."""
-        served, arrival = endpoint.served, self.arrival
-        return Heading(
-            arrival.id,
-            arrival.created,
-            served.slug,
-            endpoint.provider,
-            served.chat,
-            self.values,
-            **others,
-        )
-
-    def metadata(self, answering: Answering | None, stages: Sequence[str] = ()) -> Body | None:
-        """None if the client does not want it, and for a reply that was not made for it."""
-        headers = self.exchange.headers
-        if not self.attempts or all(
-            headers.get(name, "").lower() != "enabled" for name in _WANTS_METADATA
-        ):
-            return None
-        return metadata_body(self.route, self.attempts, answering, stages)
 
 
 @dataclass(frozen=True)
@@ -116,7 +72,7 @@ class Inference:
         asking = Asking(exchange, skin, arrival, values, request, route, repeating)
         earlier = repeating.find() if repeating else None
         work = self._repeat(asking, *earlier) if earlier else self._try_all(asking)
-        async with exchange.kept_open(_opening(asking), self.keep_alive_s):
+        async with exchange.kept_open(asking.opening, self.keep_alive_s):
             try:
                 await exchange.unless_hung_up(work)
             except RequestError as failure:
@@ -159,9 +115,9 @@ class Inference:
 
     async def _try(self, asking: Asking, endpoint: Endpoint, *, is_last: bool) -> None:
         asking.attempts.append(Attempt(endpoint, 200))
-        endpoint.door.check(_guest(asking.arrival.key))
+        endpoint.door.check(asking.guest)
         with step(asking.exchange.trace, "decide"):
-            answering = await endpoint.prepare(asking.request, _lane(asking))
+            answering = await endpoint.prepare(asking.request, asking.lane)
         keeps = asking.repeating is not None
         record = Record(asking.arrival, asking.request, answering, keeps_events=keeps)
         async with self.limits.reserved(asking.arrival, record):
@@ -175,8 +131,7 @@ class Inference:
         try:
             async with contextlib.AsyncExitStack() as inside:
                 with step(asking.exchange.trace, "queue"):
-                    guest = _guest(asking.arrival.key)
-                    await inside.enter_async_context(endpoint.door.entered(guest))
+                    await inside.enter_async_context(endpoint.door.entered(asking.guest))
                 await self._reply(asking, record)
             if asking.repeating:
                 asking.repeating.keep(record)
@@ -220,7 +175,7 @@ class Inference:
             {**_headers(heading, answering), **headers},
             functools.partial(asking.metadata, answering),
             functools.partial(self.book, asking, record),
-            request.has_plugin(HEALING) and _is_json(request),
+            asking.is_healed,
         )
         send = send_stream if request.stream else send_whole
         await send(asking.exchange, reply, events)
@@ -246,14 +201,6 @@ class Inference:
         await self.limits.settle(asking.arrival, record)
 
 
-def _opening(asking: Asking) -> Opening:
-    """What a response begins with that has kept its client waiting for too long."""
-    headers = {"X-Generation-Id": asking.arrival.id}
-    if asking.request.stream:
-        return Opening("text/event-stream", {**STREAM_HEADERS, **headers}, asking.skin.keep_alive)
-    return Opening("application/json", headers, b" ")
-
-
 async def _tell_late(asking: Asking, failure: RequestError) -> None:
     """In the body, as the status is out."""
     exchange, skin = asking.exchange, asking.skin
@@ -266,21 +213,6 @@ async def _tell_late(asking: Asking, failure: RequestError) -> None:
     writer = skin.writer(asking.heading(asking.route.endpoints[-1]))
     bill = Bill(Usage(), metadata=exchange.metadata)
     await exchange.write(writer.begin(None) + writer.fail(failure, bill), more=False)
-
-
-def _lane(asking: Asking) -> Lane:
-    """What one key's requests leave in an engine's cache is not for another's to find."""
-    key, session = asking.arrival.key, asking.arrival.session(asking.request)
-    return Lane(cache_salt=key.hash[:_SALT_DIGITS] if key else "", session=session or "")
-
-
-def _guest(key: Key | None) -> Guest:
-    return Guest(key.id, PRIORITIES[key.priority]) if key else ANYBODY
-
-
-def _is_json(request: ChatRequest) -> bool:
-    form = request.response_format
-    return form is not None and form.type in ("json_object", "json_schema")
 
 
 def _headers(heading: Heading, answering: Answering) -> dict[str, str]:
