@@ -14,6 +14,7 @@ from scripted import ScriptedEngine
 from sqlalchemy import Engine
 
 from pipeline.errors import EngineDown
+from pipeline.serve.api import exchange
 from pipeline.serve.books.database import open_books
 from pipeline.serve.books.keys import Keys
 from pipeline.serve.books.ledger import Generation, Ledger
@@ -79,6 +80,22 @@ def test_a_reply_is_in_the_ledger_before_its_usage_is_told(
     assert row.key_id == keys.all()[0].id
     assert row.first_token_ms is not None
     assert row.latency_ms >= row.first_token_ms
+
+
+def test_a_client_that_reads_no_more_is_taken_for_gone(
+    serving: Any, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "STALLED_S", 0.2)
+    engine = ScriptedEngine(["word " * 2000] * 100_000)
+    with serving(engine, ledger=ledger) as base:
+        server = Server(f"{base}/v1")
+        with server.post({"messages": MESSAGES, "stream": True}) as response:
+            reply_id = next(chunks(response))["id"]
+            row = find(ledger, reply_id)
+            assert (row.cancelled, engine.num_open) == (True, 0)
+        slow = ScriptedEngine(["word "] * 3, delay_s=0.5)
+    with serving(slow, ledger=ledger) as base:
+        assert Server(f"{base}/v1").ask(True, messages=MESSAGES).answer == "word word word "
 
 
 def test_a_hang_up_is_booked_with_what_was_said_so_far(serving: Any, ledger: Ledger) -> None:

@@ -16,6 +16,8 @@ from pipeline.serve.monitoring.traces import Trace
 from pipeline.serve.skins.chat import CHAT
 from pipeline.serve.skins.skin import Skin
 
+STALLED_S = 120.0
+"""A client that has read nothing for so long is taken for gone."""
 MAX_BODY_BYTES = 8 * 2**20
 # A page from anywhere may ask, as there are no cookies: it has a key or gets nothing.
 _SHOWN = (
@@ -73,6 +75,7 @@ class Exchange:
         """Where it is told, if anywhere."""
         self.last_write_s = 0.0
         """When something was last sent, by the event loop's clock."""
+        self._is_writing = False
         self._receive = receive
         self._send = send
 
@@ -155,14 +158,17 @@ class Exchange:
             await asyncio.gather(filling, return_exceptions=True)
 
     async def unless_hung_up(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do the work, or drop it at once and raise HungUp when the client goes.
+        """Do the work, or drop it at once and raise HungUp when the client goes, or takes nothing.
 
         Only after `read_body`: it takes what the client sends from then on.
         """
         working = asyncio.ensure_future(work)
         watching = asyncio.ensure_future(self._wait_for_disconnect())
+        both, first = {working, watching}, asyncio.FIRST_COMPLETED
         try:
-            await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+            while not (await asyncio.wait(both, timeout=STALLED_S / 4, return_when=first))[0]:
+                if self._is_stalled:
+                    raise HungUp
             if not working.done():
                 raise HungUp
             working.result()
@@ -187,11 +193,19 @@ class Exchange:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
+    @property
+    def _is_stalled(self) -> bool:
+        """Whether the client has left what it was sent for too long: it holds an engine's place."""
+        silent_s = asyncio.get_running_loop().time() - self.last_write_s
+        return self._is_writing and silent_s > STALLED_S
+
     async def _write(self, message: Message) -> None:
+        self._is_writing = True
         try:
             await self._send(message)
         except OSError as error:  # what newer ASGI servers raise once the client has gone
             raise HungUp from error
+        self._is_writing = False
         self.last_write_s = asyncio.get_running_loop().time()
 
 
