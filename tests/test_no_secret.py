@@ -288,17 +288,18 @@ def lock_the_books(life: Life) -> None:
 
 
 def test_no_secret_is_in_anything_that_a_server_leaves(
-    tiny_gguf: Path, chat_folder: Path, chat: Chat, tmp_path: Path
+    tiny_gguf: Path, chat_folder: Path, chat: Chat, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    folder = tmp_path_factory.mktemp("life")  # the path of a socket has to be short
     with (
         collecting() as collector,
-        living(tmp_path, tiny_gguf, chat_folder, collector) as life,
+        living(folder, tiny_gguf, chat_folder, collector) as life,
     ):
         spend_good_days(life)
         make_mistakes(life)
         lock_the_books(life)
         lose_the_engine(life, chat)
-        life.left.add("keys list", run(tmp_path, "keys", "list").encode())
+        life.left.add("keys list", run(folder, "keys", "list").encode())
         time.sleep(0.1)
         life.left.keep_files()
 

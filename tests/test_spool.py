@@ -73,6 +73,8 @@ def ledger(books: Engine) -> Iterator[Ledger]:
 def locked(books_at: str) -> Iterator[None]:
     """Somebody else writes into the books and does not come to an end."""
     with open_books(books_at) as theirs, theirs.connect() as connection:
+        if connection.dialect.name == "postgresql":  # it is patient, unlike the ledger here
+            connection.exec_driver_sql("SET lock_timeout = '20s'")
         hold(connection)
         yield
 
