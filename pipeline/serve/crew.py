@@ -65,7 +65,7 @@ class Crew:
         self._catalog = Catalog([])
         self._workers: list[_Worker] = []
         self._metrics = Metrics()
-        self._is_stopping = False
+        self._stopping = asyncio.Event()
 
     async def run(self, ready: Callable[[Sequence[Served]], None]) -> None:
         """Until a signal comes; while engines and workers start, it stops that."""
@@ -115,21 +115,24 @@ class Crew:
     async def _keep(self, number: int) -> None:
         """A worker that dies has a successor, until the server is to stop."""
         num_failures = 0
-        while not self._is_stopping:
+        while not self._stopping.is_set():
             begun_s = asyncio.get_running_loop().time()
             await self._workers[number].wait()
-            if self._is_stopping:
+            if self._stopping.is_set():
                 return
             log.error("worker %d has died and is started again", number)
             is_calm = asyncio.get_running_loop().time() - begun_s > CALM_S
             num_failures = 0 if is_calm else num_failures + 1
-            await asyncio.sleep(backoff_s(num_failures))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), backoff_s(num_failures))
+                return
             with contextlib.suppress(PipelineError):  # it is dead again, which is seen above
                 self._workers[number] = await self._workers[number].succeed()
 
     def _stop(self, fleet: Fleet) -> None:
         """The second time, running replies are dropped."""
-        self._is_stopping = self._catalog.is_draining = True
+        self._stopping.set()
+        self._catalog.is_draining = True
         fleet.drain()
         for worker in self._workers:
             worker.send(signal.SIGTERM)
