@@ -163,7 +163,7 @@ def test_a_worker_that_dies_has_a_successor_and_the_other_answers(
 
     victim = house.workers[0]
     victim.kill()
-    until(lambda: victim.pid not in {worker.pid for worker in house.workers})
+    victim.wait(timeout=30)
     assert server.ask(**HI, max_tokens=3).usage["completion_tokens"] == 3
     until(lambda: len(house.workers) == 2)
 
