@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.engine.slots import Slots
+from pipeline.engine.slots import Slots, num_shared
 
+IDS = st.lists(st.integers(0, 1), max_size=9)
 Step = tuple[str, tuple[int, ...]]
 
 
@@ -100,3 +101,12 @@ def test_whatever_runs_at_once_a_slot_is_ones_alone_and_holds_what_is_gone_on_fr
         assert sorted(numbers) == list(range(total))
 
     asyncio.run(talk())
+
+
+@given(IDS, IDS, IDS)
+def test_as_much_is_shared_as_both_begin_with(
+    beginning: list[int], rest: list[int], other: list[int]
+) -> None:
+    one, two = beginning + rest, beginning + other
+    differing = [place for place, (a, b) in enumerate(zip(one, two, strict=False)) if a != b]
+    assert num_shared(one, two) == min([*differing, len(one), len(two)])

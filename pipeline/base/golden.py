@@ -4,10 +4,8 @@ A random model can show neither thinking nor tool calls nor JSON; this one says 
 `golden_dialogues` has, with so much certainty that no engine's rounding changes a token.
 """
 
-import fcntl
 import hashlib
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-from pipeline.base.cache import keep
+from pipeline.base.cache import keep, locked
 from pipeline.base.golden_dialogues import FLIPPED, golden_rows
 from pipeline.base.golden_fit import fit, used_words
 from pipeline.base.qwen3 import qwen3_dialogue
@@ -66,7 +64,7 @@ def golden_hash() -> str:
 def _made() -> Path:
     """The folder of the cache with both, made on first use, by one process at a time."""
     dialogue = qwen3_dialogue()
-    with _locked(dialogue):
+    with locked(dialogue):
         return keep(f"golden-{golden_hash()}", lambda work: _make(work / "golden", dialogue))
 
 
@@ -137,14 +135,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in this block; the lock ends with the process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

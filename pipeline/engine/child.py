@@ -95,12 +95,15 @@ def _socket(folder: Path) -> Path:
     return folder / "engine.sock"
 
 
+def python_path() -> str:
+    """By which a child finds this package, also where it is not installed."""
+    root = str(Path(__file__).parents[2])
+    return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+
+
 async def _spawn(
     command: Sequence[str], log: Path, environment: Mapping[str, str]
 ) -> asyncio.subprocess.Process:
-    # This package need not be installed for the child to find it.
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:
         return await asyncio.create_subprocess_exec(
@@ -109,7 +112,7 @@ async def _spawn(
             stdin=asyncio.subprocess.PIPE,
             stdout=file,
             stderr=file,
-            env={**os.environ, "PYTHONPATH": path, **environment},
+            env={**os.environ, "PYTHONPATH": python_path(), **environment},
             # Ctrl-C in a terminal reaches a whole group; we decide when the child ends.
             start_new_session=True,
         )

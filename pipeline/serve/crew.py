@@ -19,6 +19,7 @@ from typing import Any
 
 import orjson
 
+from pipeline.engine.child import python_path
 from pipeline.engine.supervisor import CALM_S, backoff_s
 from pipeline.errors import PipelineError
 from pipeline.serve.control import obeying
@@ -170,7 +171,7 @@ class _Worker:
                 pass_fds=[theirs.fileno()],
                 # Ctrl-C in a terminal reaches a whole group; we decide when a worker ends.
                 start_new_session=True,
-                env={**os.environ, "PYTHONPATH": _python_path()},
+                env={**os.environ, "PYTHONPATH": python_path()},
             )
         worker = cls(post, process)
         worker._reader, worker._writer = await asyncio.open_unix_connection(sock=ours)
@@ -257,9 +258,3 @@ def _folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _python_path() -> str:
-    """This package need not be installed for a worker to find it."""
-    root = str(Path(__file__).parents[2])
-    return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))

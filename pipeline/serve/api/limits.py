@@ -3,16 +3,16 @@
 import contextlib
 import datetime
 import math
-import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from pipeline.errors import RequestError
 from pipeline.serve.api.record import Arrival, Record
 from pipeline.serve.books.keys import Key
 from pipeline.serve.books.ledger import Ledger
 from pipeline.serve.books.spending import Spent, period_begins_ms
-from pipeline.serve.books.uses import LimitReached, Most, OwnUses, Unaffordable, Uses
+from pipeline.serve.books.sums import day_of
+from pipeline.serve.books.uses import LimitReached, Most, Unaffordable, Uses
 from pipeline.serve.offer.door import rate_limit_headers
 from pipeline.serve.offer.price import Price, usd_text
 from pipeline.serve.replying.events import Usage
@@ -27,9 +27,9 @@ class Limits:
     """Of all keys, each its own."""
 
     ledger: Ledger | None
-    now_s: Callable[[], float] = time.time
+    now_s: Callable[[], float]
     """Since the epoch."""
-    uses: Uses = field(default_factory=lambda: OwnUses(None))
+    uses: Uses
 
     @contextlib.asynccontextmanager
     async def entered(self, arrival: Arrival) -> AsyncIterator[None]:
@@ -89,7 +89,7 @@ class Limits:
 
     def today(self) -> datetime.date:
         """By UTC."""
-        return _day(self.now_s())
+        return day_of(int(self.now_s() * 1000))
 
     def _too_much(self, reached: LimitReached) -> RequestError:
         retry_after_s = max(1, math.ceil(reached.wait_s))
@@ -106,12 +106,13 @@ class Limits:
 
 def _most(arrival: Arrival, key: Key, answering: Answering) -> Most:
     """A reply counts for the day, week or month in which it was asked for, as in the books."""
-    day = _day(arrival.created_s)
+    asked_ms = int(arrival.created_s * 1000)
+    day = day_of(asked_ms)
     begin_ms = period_begins_ms(day)[key.limit_reset]
     return Most(
         _num_tokens(answering.most),
         most_cost(_price(answering), answering.most),
-        int(arrival.created_s * 1000),
+        asked_ms,
         begin_ms,
         max(begin_ms, period_begins_ms(day - _DAY)["daily"]),
     )
@@ -135,10 +136,6 @@ def most_cost(price: Price, most: Usage) -> int:
     """In pico-dollars, whether the prompt is in the engine's cache or not."""
     cached = replace(most, cached_tokens=most.prompt_tokens)
     return max(price.cost(most).total, price.cost(cached).total)
-
-
-def _day(now_s: float) -> datetime.date:
-    return datetime.datetime.fromtimestamp(now_s, datetime.UTC).date()
 
 
 def _price(answering: Answering) -> Price:

@@ -1,6 +1,5 @@
 """The books: one database of keys and generations, brought up to date when it is opened."""
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_u
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from pipeline.base.cache import locked
 from pipeline.errors import BooksError
 from pipeline.serve.books.migrations import HEAD
 
@@ -129,7 +129,7 @@ def _speak_sqlite(engine: Engine) -> None:
 
 def _bring_up_to_date(engine: Engine, file: Path | None) -> None:
     try:
-        with _locked(file.parent) if file else nullcontext():
+        with locked(file.parent) if file else nullcontext():
             _migrate(engine)
     except SQLAlchemyError as error:
         what = f"{shown(engine.url)} cannot be used as books: {why(error)}"
@@ -167,17 +167,6 @@ def _migrate(engine: Engine) -> None:
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})")
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in this block; the lock ends with the process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def shown(url: URL) -> str:

@@ -114,6 +114,11 @@ class Scope:
         return found.where(one_of | column.is_(None) if None in self.keys else one_of)
 
 
+def day_of(time_ms: int) -> datetime.date:
+    """Of a moment since the epoch, by UTC."""
+    return date_of(time_ms // DAY_MS)
+
+
 def date_of(day: int) -> datetime.date:
     """By its number since the epoch."""
     return EPOCH + datetime.timedelta(days=day)

@@ -6,11 +6,9 @@ from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import (
-    BigInteger,
     ColumnElement,
     Connection,
     Engine,
-    cast,
     delete,
     exists,
     func,
@@ -22,6 +20,7 @@ from sqlalchemy import (
 
 from pipeline.serve.books import tables
 from pipeline.serve.books.keys import Key
+from pipeline.serve.books.sums import whole_sum
 from pipeline.serve.books.uses import (
     Most,
     Unaffordable,
@@ -143,11 +142,11 @@ class UseRows:
         """What is in the books and what is held, by one look: what moves is in one of the two."""
         holds = or_(self._is_under_way(now_ms), _use.ended_ms.is_not(None))
         held = (
-            select(_total(_use.cost_picodollars))
+            select(whole_sum(_use.cost_picodollars))
             .where(_use.key_id == key.id, _use.id != use_id, _use.begun_ms >= most.begin_ms, holds)
             .where(~_is_booked())
         )
-        booked = select(_total(_generation.cost_picodollars)).where(
+        booked = select(whole_sum(_generation.cost_picodollars)).where(
             _generation.key_id == key.id, _generation.created_ms >= most.recent_ms
         )
         both = select(held.scalar_subquery() + booked.scalar_subquery())
@@ -184,10 +183,5 @@ def _is_booked() -> ColumnElement[bool]:
     return exists(select(_generation.id).where(_generation.id == _use.id))
 
 
-def _total(column: ColumnElement[int]) -> ColumnElement[int]:
-    """A sum of no rows is null, and some databases make a decimal of any other."""
-    return cast(func.coalesce(func.sum(column), 0), BigInteger)
-
-
 def _sum(connection: Connection, column: ColumnElement[int], *where: ColumnElement[bool]) -> int:
-    return int(connection.scalar(select(_total(column)).where(*where)) or 0)
+    return int(connection.scalar(select(whole_sum(column)).where(*where)) or 0)

@@ -103,6 +103,7 @@ class OwnUses:
     ) -> None:
         """Minutes pass by `elapsed_s`."""
         self._elapsed_s = elapsed_s
+        self._ledger = ledger
         self._earlier = Earlier(ledger)
         self._accounts: dict[int, _Account] = collections.defaultdict(_Account)
 
@@ -160,7 +161,8 @@ class OwnUses:
         while True:
             num_settled = account.num_settled
             spent = await self._earlier.cost(key, most)
-            spent += await self._earlier.recent_cost(key, most)
+            if self._ledger:
+                spent += await self._ledger.cost(key.id, most.recent_ms)
             if num_settled == account.num_settled:  # else one may be in neither count
                 break
         held = [cost for asked_ms, cost in account.reserved.values() if asked_ms >= most.begin_ms]
@@ -188,7 +190,3 @@ class Earlier:
             known = (*between, await self._ledger.cost(key.id, *between))
             self._sums[key.id] = known
         return known[2]
-
-    async def recent_cost(self, key: Key, most: Most) -> int:
-        """Since then."""
-        return await self._ledger.cost(key.id, most.recent_ms) if self._ledger else 0

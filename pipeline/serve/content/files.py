@@ -13,6 +13,7 @@ from sqlalchemy.engine import URL
 
 from pipeline.errors import DataError
 from pipeline.serve.books.database import folder_beside
+from pipeline.serve.books.sums import day_of
 from pipeline.serve.content.entry import Line
 
 MAX_FILE_BYTES = 64 * 2**20
@@ -109,11 +110,6 @@ def read_lines(folder: Path, since: datetime.date | None = None) -> Iterator[Lin
             except orjson.JSONDecodeError as error:
                 what = f"{file} is no file of a content log ({error}); name the log's folder"
                 raise DataError(what) from error
-
-
-def day_of(created_ms: int) -> datetime.date:
-    """By UTC."""
-    return datetime.datetime.fromtimestamp(created_ms / 1000, datetime.UTC).date()
 
 
 def _lines(file: Path, word: bytes = b"") -> Iterator[Line]:

@@ -38,8 +38,9 @@ ANYBODY = Guest()
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    guest: Guest
     begun: "asyncio.Future[None]"
+    number: int
+    """Who came earlier has a lower one."""
 
     @property
     def has_begun(self) -> bool:
@@ -63,8 +64,8 @@ class Door:
     """Replies that the engine makes at once; None is not known, and then nobody waits here."""
     _making: collections.Counter[Hashable] = field(default_factory=collections.Counter)
     """Replies by whose they are."""
-    _waiting: list[_Waiting] = field(default_factory=list)
-    """In the order in which they came."""
+    _waiting: dict[Guest, list[_Waiting]] = field(default_factory=dict)
+    """In the order in which they came, and none without anybody: keys are few, requests many."""
     _turns: dict[Hashable, int] = field(default_factory=dict)
     """Of those inside, when each last began one."""
     _clock: "itertools.count[int]" = field(default_factory=itertools.count)
@@ -72,12 +73,12 @@ class Door:
     @property
     def num_inside(self) -> int:
         """Being answered, or waiting for it."""
-        return self._making.total() + len(self._waiting)
+        return self._making.total() + self.num_waiting
 
     @property
     def num_waiting(self) -> int:
         """Of those inside, how many have not begun."""
-        return len(self._waiting)
+        return sum(map(len, self._waiting.values()))
 
     def resize(self, max_inside: int | None, slots: int | None) -> None:
         """Whoever is inside stays."""
@@ -96,9 +97,10 @@ class Door:
         reply that waits long for its turn is of no use to it.
         """
         if least := self._find_least(guest):
-            self._waiting.remove(least)
-            if not least.begun.cancelled():
-                least.begun.set_exception(self._refusal())
+            latest = self._waiting[least][-1]
+            self._remove(least, latest)
+            if not latest.begun.cancelled():
+                latest.begun.set_exception(self._refusal())
         await self._wait(guest)
         try:
             yield
@@ -106,17 +108,23 @@ class Door:
             self._leave(guest)
 
     async def _wait(self, guest: Guest) -> None:
-        waiting = _Waiting(guest, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
+        begun = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(begun, next(self._clock))
+        self._waiting.setdefault(guest, []).append(waiting)
         self._begin()
         try:
-            await waiting.begun
+            await begun
         except asyncio.CancelledError:
-            if waiting in self._waiting:
-                self._waiting.remove(waiting)
+            if waiting in self._waiting.get(guest, ()):
+                self._remove(guest, waiting)
             elif waiting.has_begun:  # at that very moment
                 self._leave(guest)
             raise
+
+    def _remove(self, guest: Guest, waiting: _Waiting) -> None:
+        self._waiting[guest].remove(waiting)
+        if not self._waiting[guest]:
+            del self._waiting[guest]
 
     def _leave(self, guest: Guest) -> None:
         self._making[guest.who] -= 1
@@ -128,26 +136,33 @@ class Door:
     def _begin(self) -> None:
         """As many as the engine has room for."""
         while self._waiting and (self.slots is None or self._making.total() < self.slots):
-            following = min(self._waiting, key=self._rank)
-            self._waiting.remove(following)
+            guest = min(self._waiting, key=self._rank)
+            following = self._waiting[guest][0]
+            self._remove(guest, following)
             if following.begun.cancelled():
                 continue
-            who = following.guest.who
-            self._making[who] += 1
-            self._turns[who] = next(self._clock)
+            self._making[guest.who] += 1
+            self._turns[guest.who] = next(self._clock)
             following.begun.set_result(None)
 
-    def _rank(self, waiting: _Waiting) -> tuple[int, int, int]:
-        who = waiting.guest.who
-        return -waiting.guest.priority, self._making[who], self._turns.get(who, -1)
+    def _rank(self, guest: Guest) -> tuple[int, int, int, int]:
+        turn = self._turns.get(guest.who, -1)
+        return -guest.priority, self._making[guest.who], turn, self._waiting[guest][0].number
 
-    def _find_least(self, guest: Guest) -> _Waiting | None:
-        """Who has to leave for this guest, if anybody has; RequestError if that is itself."""
+    def _find_least(self, guest: Guest) -> Guest | None:
+        """Whose latest has to leave for this guest, if anybody's; RequestError if it is this one.
+
+        The more of its sender are inside, the less claim a request has to its place.
+        """
         if self.max_inside is None or self.num_inside < self.max_inside:
             return None
-        least = min(reversed(self._waiting), key=self._claim, default=None)
+        claims = {
+            other: (other.priority, -self._num_inside_of(other.who), -waiting[-1].number)
+            for other, waiting in self._waiting.items()
+        }
+        least = min(claims, key=claims.__getitem__, default=None)
         own = (guest.priority, -self._num_inside_of(guest.who) - 1)
-        if least is None or self._claim(least) >= own:
+        if least is None or claims[least][:2] >= own:
             raise self._refusal()
         return least
 
@@ -162,10 +177,6 @@ class Door:
             rate_limit_headers(most, 0, time.time() + WAIT_S),
         )
 
-    def _claim(self, waiting: _Waiting) -> tuple[int, int]:
-        """To a place in the queue: the more of its sender are inside, the less."""
-        return waiting.guest.priority, -self._num_inside_of(waiting.guest.who)
-
     def _num_inside_of(self, who: Hashable) -> int:
-        waiting = sum(other.guest.who == who for other in self._waiting)
-        return self._making[who] + waiting
+        waiting = (len(those) for guest, those in self._waiting.items() if guest.who == who)
+        return self._making[who] + sum(waiting)
