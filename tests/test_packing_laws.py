@@ -363,8 +363,14 @@ def test_a_log_line_counts_the_rows_of_its_step(by_trees: Path, talks_file: Path
 
 
 SCRIPT = """
-import sys
+import atexit, os, sys
 from pathlib import Path
+
+def tell_threads():
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    Path(sys.argv[3], f"threads-{os.environ['RANK']}").write_text(" ".join(names))
+
+atexit.register(tell_threads)  # the first one registered is the last one called
 from trainers import settings
 from pipeline.train.stage import train
 base, rows, out, values = sys.argv[1:]
@@ -396,3 +402,6 @@ def test_two_processes_learn_what_one_does(
 
     keys = ["step", "learning_rate", "num_supervised_tokens", "num_row_tokens"]
     assert_same_training(tmp_path / "out", by_trees, keys)
+    for rank in ("0", "1"):
+        threads = (tmp_path / "out" / f"threads-{rank}").read_text()
+        assert "gloo" not in threads, "one that needs Python while it ends aborts the process"

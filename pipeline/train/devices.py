@@ -4,6 +4,8 @@ The first process decides what is done, tells the others, and alone writes into 
 which all of them must see: on several machines it lies on a shared file system, as the base does.
 """
 
+import atexit
+import gc
 import os
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -28,8 +30,20 @@ def first_says(value: T) -> T:
     if count_processes() == 1:
         return value
     PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    atexit.unregister(_leave)
+    atexit.register(_leave)
     told: list[T] = broadcast_object_list([value])
     return told[0]
+
+
+def _leave() -> None:
+    """End the process group and its threads while Python still runs.
+
+    One of them that drops a tensor once Python is ending aborts the process, and the launcher then
+    stops all the others, the first one perhaps while it saves.
+    """
+    torch.distributed.destroy_process_group()
+    gc.collect()  # what a training leaves holds on to the group, and it to its threads
 
 
 def refuse_unfit(settings: Train, num_gpus: int) -> None:
