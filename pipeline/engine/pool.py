@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
 from pipeline.engine.protocol import PLAIN, Capability, Delta, Engine, Lane, Sampling
@@ -64,11 +65,19 @@ class Pool:
         """What every engine can do."""
         return frozenset.intersection(*(engine.capabilities for engine in self._engines))
 
-    async def generate(
+    def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, lane: Lane = PLAIN
     ) -> AsyncGenerator[Delta, None]:
         """As the chosen engine's own."""
-        member, has_begun = self._choose(prompt_ids, lane), False
+        member = self._choose(prompt_ids, lane)
+        if len(self._members) == 1:
+            return member.generate(prompt_ids, sampling, lane)
+        return self._generate(member, prompt_ids, sampling, lane)
+
+    async def _generate(
+        self, member: "_Member", prompt_ids: Sequence[int], sampling: Sampling, lane: Lane
+    ) -> AsyncGenerator[Delta, None]:
+        has_begun = False
         with contextlib.suppress(_TryAnother):
             async with contextlib.aclosing(member.generate(prompt_ids, sampling, lane)) as deltas:
                 try:
@@ -118,6 +127,8 @@ class Pool:
         if not among:
             urls = ", ".join(member.url for member in self._members)
             raise EngineDown(f"no engine answers at {urls}", round(CHECK_S))
+        if len(among) == 1:
+            return among[0]
         # By rendezvous hashing: an engine that leaves or returns moves only its own beginnings.
         begun = lane.session or list(prompt_ids[:PREFIX_TOKENS])
         key = repr((lane.cache_salt, lane.adapter, begun))
@@ -217,4 +228,4 @@ def _hash(key: str, url: str) -> bytes:
 
 
 def _now() -> float:
-    return asyncio.get_running_loop().time()
+    return time.monotonic()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import signal
 import socket
@@ -97,10 +98,22 @@ class Gateway:
                 await offering.begin()
                 stop = Stop(server, catalog, fleet, self.settings.grace_s)
                 on_signals(stop.begin)
+                _spare_what_stays()
                 if self.uses:
                     await closing.enter_async_context(self.uses.living())
                 async with alongside(Running(app, offering, stop, requests)):
                     await server.serve(sockets=[listener])
+
+
+def _spare_what_stays() -> None:
+    """Have the garbage collector look at what requests leave, and seldom.
+
+    As Python sets it, many at once make it go through every module of the process again and again:
+    a tenth of all that they take.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 10)
 
 
 @contextlib.asynccontextmanager

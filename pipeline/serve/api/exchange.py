@@ -148,14 +148,20 @@ class Exchange:
 
         So a response begins, with a status that may turn out too good, even before it has a word.
         """
-        self.last_write_s = asyncio.get_running_loop().time()
-        filling = asyncio.create_task(self._fill_gaps(opening, every_s))
+        loop, filling = asyncio.get_running_loop(), list[asyncio.Task[None]]()
+        self.last_write_s = loop.time()
+        # Most are over before the first gap.
+        gap = loop.call_later(
+            every_s, lambda: filling.append(loop.create_task(self._fill_gaps(opening, every_s)))
+        )
         try:
             yield
         finally:
-            filling.cancel()
+            gap.cancel()
+            for task in filling:
+                task.cancel()
             # A HungUp it has met is for `unless_hung_up` to tell.
-            await asyncio.gather(filling, return_exceptions=True)
+            await asyncio.gather(*filling, return_exceptions=True)
 
     async def unless_hung_up(self, work: Coroutine[Any, Any, None]) -> None:
         """Do the work, or drop it at once and raise HungUp when the client goes, or takes nothing.

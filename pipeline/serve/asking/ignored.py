@@ -8,6 +8,7 @@ from pipeline.serve.asking.reasoning import ignored_of_reasoning
 from pipeline.serve.asking.request import HARMLESS, READ_OF_MESSAGES, UNUSED, ChatRequest
 
 _USUAL_TIERS = ("auto", "default")
+_OF_ENGINES = [name for name in get_args(Capability) if name in ChatRequest.model_fields]
 
 
 def find_ignored(
@@ -30,11 +31,7 @@ def find_ignored(
     ):
         names.append("max_tokens")
     names += [
-        name
-        for name in get_args(Capability)
-        if name in ChatRequest.model_fields
-        and name not in able
-        and getattr(request, name) is not None
+        name for name in _OF_ENGINES if name not in able and getattr(request, name) is not None
     ]
     if request.top_logprobs is not None and "logprobs" not in able:
         names.append("top_logprobs")

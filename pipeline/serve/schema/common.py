@@ -1,7 +1,6 @@
 """What every answer may carry: ids, names of ignored parameters, errors."""
 
 import secrets
-import string
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
@@ -12,7 +11,6 @@ PROVIDER = "Pipeline"
 TOKENIZER = "Qwen3"
 DOCS_URL = "https://openrouter.ai/docs"
 INTERNAL_ERROR, INTERNAL_STATUS = "Internal Server Error", 500
-_LETTERS = string.ascii_letters + string.digits
 _MAX_NAMES = 32
 
 
@@ -82,4 +80,5 @@ def call_id() -> str:
 
 def random_letters(count: int) -> str:
     """For ids."""
-    return "".join(secrets.choice(_LETTERS) for _ in range(count))
+    text = secrets.token_urlsafe(2 * count)  # a letter drawn at a time takes 15 times as long
+    return text.replace("-", "").replace("_", "")[:count]
