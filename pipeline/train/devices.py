@@ -40,10 +40,12 @@ def _leave() -> None:
     """End the process group and its threads while Python still runs.
 
     One of them that drops a tensor once Python is ending aborts the process, and the launcher then
-    stops all the others, the first one perhaps while it saves.
+    stops all the others, the first one perhaps while it saves. What a training leaves goes first:
+    the last to let go of the group waits for its threads, and only Python's own hold on it does so
+    without the lock that these may need.
     """
+    gc.collect()
     torch.distributed.destroy_process_group()
-    gc.collect()  # what a training leaves holds on to the group, and it to its threads
 
 
 def refuse_unfit(settings: Train, num_gpus: int) -> None:
