@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
 from pipeline.engine.protocol import PLAIN, Capability, Delta, Engine, Lane, Sampling
@@ -228,4 +227,4 @@ def _hash(key: str, url: str) -> bytes:
 
 
 def _now() -> float:
-    return time.monotonic()
+    return asyncio.get_running_loop().time()

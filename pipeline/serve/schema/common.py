@@ -80,5 +80,5 @@ def call_id() -> str:
 
 def random_letters(count: int) -> str:
     """For ids."""
-    text = secrets.token_urlsafe(2 * count)  # a letter drawn at a time takes 15 times as long
+    text = secrets.token_urlsafe(2 * count)  # a letter drawn at a time takes 20 times as long
     return text.replace("-", "").replace("_", "")[:count]
