@@ -12,7 +12,7 @@ from pipeline.chat import Message, prepare_message, without_reasoning
 from pipeline.data.conversation import Record
 from pipeline.data.formats import parse
 from pipeline.errors import DataError
-from pipeline.serve.asking.order import under_its_name
+from pipeline.serve.asking.draft import under_its_name
 from pipeline.serve.content.entry import Line
 
 _REFUSALS = ("content_filter", "refusal")

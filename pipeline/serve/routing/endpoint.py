@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pipeline.engine.protocol import Lane
-from pipeline.serve.asking.order import Order, decide, is_short
+from pipeline.serve.asking.batch_tokenizer import BatchTokenizer
+from pipeline.serve.asking.draft import is_short, make_draft
+from pipeline.serve.asking.order import Order, decide, settle
 from pipeline.serve.asking.request import ChatRequest
 from pipeline.serve.books.measured import UNMEASURED, Measured
 from pipeline.serve.offer.catalog import Served
@@ -123,6 +125,7 @@ class Own:
     provider: str = PROVIDER
     keeps_nothing: bool = True
     look: Look = _unseen
+    tokenizer: BatchTokenizer = field(default_factory=BatchTokenizer)
 
     @property
     def tag(self) -> str:
@@ -165,12 +168,8 @@ class Own:
         return await self.served.engine.is_healthy()
 
     async def prepare(self, request: ChatRequest, lane: Lane) -> Answering:
-        """A prompt that is long for the tokenizer does not hold up other streams."""
-        served = self.served
-        if not served.door.num_inside and is_short(request):
-            order = decide(request, served, lane)  # a thread takes half a millisecond to answer
-        else:
-            order = await asyncio.to_thread(decide, request, served, lane)
+        """RequestError for what is refused."""
+        served, order = self.served, await self.order(request, lane)
         tallies = [Tally() for _ in range(order.num_choices)]
         return Answering(
             self,
@@ -184,6 +183,17 @@ class Own:
             order.is_compressed,
             _echo(order, served) if request.debug and request.debug.echo_upstream_body else {},
         )
+
+    async def order(self, request: ChatRequest, lane: Lane) -> Order:
+        """What `decide` gives, or raises; tokenising does not hold up other streams."""
+        served = self.served
+        if not is_short(request):
+            return await asyncio.to_thread(decide, request, served, lane)
+        if not served.door.num_inside:
+            return decide(request, served, lane)  # a thread takes half a millisecond to answer
+        draft = make_draft(request, served)
+        texts = draft.render(draft.messages)
+        return settle(draft, await self.tokenizer.encode(served.chat, texts), lane)
 
 
 def _echo(order: Order, served: Served) -> dict[str, Any]:

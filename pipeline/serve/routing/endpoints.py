@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipeline.engine.protocol import Lane
+from pipeline.serve.asking.batch_tokenizer import BatchTokenizer
 from pipeline.serve.asking.reasoning import shows_reasoning
 from pipeline.serve.asking.request import ChatRequest
 from pipeline.serve.books.measured import UNMEASURED, Measured
@@ -78,13 +79,14 @@ class Endpoints:
 
     def __init__(self, measuring: Measuring) -> None:
         self._measuring = measuring
+        self._tokenizer = BatchTokenizer()
         self._elsewhere: dict[Upstream, Elsewhere] = {}
 
     def __call__(self, served: Served) -> list[Endpoint]:
         """In the order in which they are tried unless a client wants another; in an event loop."""
         look = self._measuring.latest
         away = [Away(served, self._reached(upstream), look=look) for upstream in served.upstreams]
-        return [Own(served, look=look), *away]
+        return [Own(served, look=look, tokenizer=self._tokenizer), *away]
 
     async def measure(self, endpoints: Sequence[Endpoint]) -> None:
         """Wait until what was measured of them is not old."""

@@ -1,0 +1,35 @@
+"""Token ids of texts, the latest of which are remembered."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+Encode = Callable[[Sequence[str]], list[list[int]]]
+
+
+class Remembered:
+    """Threads may share it."""
+
+    def __init__(self, max_texts: int, max_characters: int) -> None:
+        """Longer texts than these are not kept."""
+        self._max_texts = max_texts
+        self._max_characters = max_characters
+        self._known: OrderedDict[str, list[int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def ids(self, texts: Sequence[str], encode: Encode) -> list[list[int]]:
+        """Of each text; those that are not known are encoded together, each once."""
+        with self._lock:
+            found = {text: self._known[text] for text in texts if text in self._known}
+            for text in found:
+                self._known.move_to_end(text)
+        new = list(dict.fromkeys(text for text in texts if text not in found))
+        made = dict(zip(new, encode(new), strict=True)) if new else {}
+        with self._lock:
+            self._known.update(
+                (text, ids) for text, ids in made.items() if len(text) <= self._max_characters
+            )
+            while len(self._known) > self._max_texts:
+                self._known.popitem(last=False)
+        found |= made
+        return [found[text] for text in texts]
