@@ -80,6 +80,7 @@ models:
     slots: 2
     queue: 3
     aliases: [acme/a-20260101, old-a]
+    compression: short_context
     quantization: int8
     hugging_face_id: Acme/A
     listing: {zdr: true}
@@ -116,6 +117,8 @@ def test_everything_that_is_said_of_a_model_is_offered(everything: Catalog) -> N
     assert price.request == 10**9
     assert (served.context_tokens, served.max_completion_tokens) == (4096, 1000)
     assert (served.hugging_face_id, served.engine_name) == ("Acme/A", "llamacpp")
+    assert served.compress_short
+    assert not everything.resolve("acme/tuned").compress_short
     assert (served.listing.zdr, served.listing.country_code) == (True, None)
     assert everything.resolve("acme/tuned").listing.country_code == "DE"
     assert everything.presets["brief"]["reasoning"] == {"enabled": False}

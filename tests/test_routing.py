@@ -311,14 +311,36 @@ def test_requests_of_one_session_share_a_lane_and_keys_share_no_cache(
     assert all(salts)
 
 
+def long_dialogue(num_turns: int) -> list[dict[str, Any]]:
+    messages = [{"role": "system", "content": "sys"}]
+    for number in range(num_turns):
+        messages += [{"role": "user", "content": f"question {number}"}]
+        messages += [{"role": "assistant", "content": f"answer {number}"}]
+    return [*messages, {"role": "user", "content": "the last"}]
+
+
+@pytest.mark.parametrize(("tokens", "is_short"), [(8192, True), (8193, False)])
+def test_a_short_context_is_compressed_for_where_its_operator_says_so(
+    chat: Chat, tokens: int, is_short: bool
+) -> None:
+    engine = ScriptedEngine(["ok"])
+    engine.context_tokens = tokens
+    messages = long_dialogue(300)
+    with house(chat, named(chat, "well", engine, compress_short=True)) as base:
+        by_default = ask(base, messages=messages)
+        refused = ask(base, messages=messages, transforms=[])
+        off = {"id": "context-compression", "enabled": False}
+        switched_off = ask(base, messages=messages, plugins=[off])
+        healed = ask(base, messages=messages, plugins=[{"id": "response-healing"}])
+
+    assert (by_default.status, healed.status) == ((200, 200) if is_short else (400, 400))
+    assert (refused.status, switched_off.status) == (400, 400)
+
+
 def test_a_dialogue_that_is_too_long_loses_its_middle_if_that_is_wanted(chat: Chat) -> None:
     engine = ScriptedEngine(["ok"])
     engine.context_tokens = 400
-    messages = [{"role": "system", "content": "sys"}]
-    for number in range(20):
-        messages += [{"role": "user", "content": f"question {number}"}]
-        messages += [{"role": "assistant", "content": f"answer {number}"}]
-    messages += [{"role": "user", "content": "the last"}]
+    messages = long_dialogue(20)
     with house(chat, named(chat, "well", engine)) as base:
         refused = ask(base, messages=messages, max_tokens=100)
         off = {"id": "context-compression", "enabled": False}

@@ -47,9 +47,14 @@ async def _show(findings: "AsyncIterator[Finding]") -> "list[Finding]":
     from rich.text import Text
 
     table, shown = Table("check", "result", "seen"), []
+
+    def add(finding: "Finding") -> None:
+        style = _STYLES[finding.verdict]
+        table.add_row(finding.check, Text(finding.verdict, style), Text(finding.seen))
+        shown.append(finding)
+
+    add(await anext(findings))  # of a server that cannot be asked there is no table
     with Live(table, vertical_overflow="visible"):
         async for finding in findings:
-            style = _STYLES[finding.verdict]
-            table.add_row(finding.check, Text(finding.verdict, style), Text(finding.seen))
-            shown.append(finding)
+            add(finding)
     return shown

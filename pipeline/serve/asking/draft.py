@@ -25,6 +25,7 @@ _OF_DIALOGUE = (
     "include_reasoning",
 )
 _SHORT_BYTES, _SHORT_MESSAGES = 8192, 32
+SHORT_CONTEXT_TOKENS = 8192
 _KINDS = {
     "image_url": "image",
     "input_audio": "audio",
@@ -98,20 +99,27 @@ def make_draft(request: ChatRequest, served: Served) -> Draft:
     return Draft(request, served, messages, mode, is_begun, constraints)
 
 
-def is_short(request: ChatRequest) -> bool:
+def is_short(request: ChatRequest, served: Served) -> bool:
     """Whether all but its tokenising is done in a millisecond, and that in a few."""
     if request.tools or request.response_format:  # schemas may take long, whatever their size
         return False
-    if wants_compression(request):  # which tokenises again and again
+    if wants_compression(request, served):  # which tokenises again and again
         return False
     if len(request.messages or ()) > _SHORT_MESSAGES:
         return False
     return len(orjson.dumps([request.prompt, request.messages])) <= _SHORT_BYTES
 
 
-def wants_compression(request: ChatRequest) -> bool:
-    """Whether messages may be left out for want of room."""
-    return request.has_plugin(COMPRESSION) or "middle-out" in (request.transforms or ())
+def wants_compression(request: ChatRequest, served: Served) -> bool:
+    """Whether messages may be left out for want of room: the request's word, else the model's.
+
+    OpenRouter compresses by default for contexts this short. It turns an error into an answer to
+    less than was asked, so here the operator must say so.
+    """
+    said = [plugin for plugin in request.plugins or () if plugin.id == COMPRESSION]
+    if said or request.transforms is not None:
+        return request.has_plugin(COMPRESSION) or "middle-out" in (request.transforms or ())
+    return served.compress_short and served.context_tokens <= SHORT_CONTEXT_TOKENS
 
 
 def _refuse_unsupported(request: ChatRequest) -> None:

@@ -110,7 +110,7 @@ def _fitted(draft: Draft, prompt_ids: list[int]) -> tuple[list[int], bool]:
     request, context_tokens = draft.request, draft.served.context_tokens
     asked = request.max_completion_tokens or request.max_tokens
     room = context_tokens - (context_tokens // _SHARE_OF_REPLY if asked is None else asked)
-    if draft.is_raw or not wants_compression(request) or len(prompt_ids) <= room:
+    if draft.is_raw or not wants_compression(request, draft.served) or len(prompt_ids) <= room:
         return prompt_ids, False
     fitting = compress(draft.messages, lambda fewer: len(draft.encode(fewer)) <= room)
     return (draft.encode(fitting), True) if fitting else (prompt_ids, False)

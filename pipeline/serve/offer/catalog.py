@@ -64,6 +64,8 @@ class Served:
     """A reply is never longer, reasoning included; None is bounded by the context alone."""
     max_context_tokens: int | None = None
     """Less than the engine's own, if a shorter context is sold; None is the engine's."""
+    compress_short: bool = False
+    """Whether a context of few tokens has prompts compressed unless a request says no."""
     aliases: tuple[str, ...] = ()
     """Other ids that clients may call it by."""
     hugging_face_id: str | None = None

@@ -96,6 +96,7 @@ class Entry:
                     quantization=terms.quantization,
                     max_tokens=terms.max_tokens,
                     max_context_tokens=terms.context,
+                    compress_short=terms.compression == "short_context",
                     aliases=terms.aliases,
                     hugging_face_id=terms.hugging_face_id,
                     upstreams=offer.upstreams,

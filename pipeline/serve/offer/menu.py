@@ -101,6 +101,8 @@ class Terms(Section):
     """Prompt and reply together; an engine of ours makes no more room than this."""
     max_tokens: PositiveInt | None = None
     """A reply is never longer, reasoning included."""
+    compression: Literal["on_request", "short_context"] = "on_request"
+    """Whether a prompt is made to fit a short context also where a request does not ask for it."""
     aliases: tuple[Alias, ...] = ()
     """Other ids that it may be asked for by."""
     quantization: Quantization | None = None

@@ -54,7 +54,7 @@ class Reading:
         self._ids += self._said.ids(self._chat)
         self._phase, self._said, self.outcome = phase, _Said(), None
         self._num_phases += 1
-        given = self._chat.reply_ids(phase.given)
+        given = self._chat.reply_ids(phase.given) if phase.given else []
         if len(given) >= self.tokens_left:
             return self._finish_with("length")
         self._ids += given

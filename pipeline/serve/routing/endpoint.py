@@ -187,7 +187,7 @@ class Own:
     async def order(self, request: ChatRequest, lane: Lane) -> Order:
         """What `decide` gives, or raises; tokenising does not hold up other streams."""
         served = self.served
-        if not is_short(request):
+        if not is_short(request, served):
             return await asyncio.to_thread(decide, request, served, lane)
         if not served.door.num_inside:
             return decide(request, served, lane)  # a thread takes half a millisecond to answer
