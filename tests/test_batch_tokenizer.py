@@ -101,6 +101,22 @@ def test_a_failure_is_told_to_those_of_its_batch_alone(counted: CountedChat, cha
     within_a_minute(run())
 
 
+def test_short_prompts_do_not_wait_for_long_ones(chat: Chat) -> None:
+    """Which have the threads of the event loop, as many as there are."""
+    may_end = threading.Event()
+
+    async def run() -> list[int]:
+        long = [asyncio.create_task(asyncio.to_thread(may_end.wait, 60)) for _ in range(40)]
+        await asyncio.sleep(0.1)
+        found = await BatchTokenizer().encode(chat, ["short"])
+        assert not may_end.is_set()
+        may_end.set()
+        assert all(await asyncio.gather(*long))
+        return found
+
+    assert within_a_minute(run()) == chat.encode("short")
+
+
 def test_it_works_in_one_event_loop_after_another(counted: CountedChat, chat: Chat) -> None:
     """Also where the first was left in the middle of its work."""
     tokenizer = BatchTokenizer()

@@ -104,7 +104,7 @@ class Chat:
     def encode_all(self, rendered: Sequence[str]) -> list[list[int]]:
         """As `encode` of each, in one call of the tokenizer, which has a thread for each core.
 
-        In a thread it holds Python's lock twice, not twice for each text.
+        In a thread it needs the GIL before and after that, not for each text.
         """
         return self._encode_rendered(rendered, self._encode_at_once)
 

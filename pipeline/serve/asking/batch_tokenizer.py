@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipeline.chat import Chat
@@ -20,11 +21,12 @@ class _Waiting:
 class BatchTokenizer:
     """One call for those that wait, as soon as the one before is over.
 
-    A thread for each prompt would need Python's lock twice, and wait for it while the loop is busy,
-    which is when many prompts come at once.
+    A thread for each prompt would need the GIL twice, and wait for it while the loop is busy, which
+    is when many prompts come at once. The loop's own threads may be at long work: this has its own.
     """
 
     def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "tokenizer")
         self._waiting: list[_Waiting] = []
         self._working: asyncio.Task[None] | None = None
 
@@ -42,22 +44,22 @@ class BatchTokenizer:
                 chat = self._waiting[0].chat
                 batch = [asked for asked in self._waiting if asked.chat is chat][:MAX_PROMPTS]
                 self._waiting = [asked for asked in self._waiting if asked not in batch]
-                await _tell(chat, batch)
+                await self._tell(chat, batch)
         finally:
             self._working = None
 
-
-async def _tell(chat: Chat, batch: Sequence[_Waiting]) -> None:
-    """Each its ids, or why there are none."""
-    texts = [text for waiting in batch for text in waiting.texts]
-    try:
-        found = iter(await asyncio.to_thread(chat.encode_all, texts))
-    except Exception as error:  # noqa: BLE001 - it is raised where the ids are awaited
+    async def _tell(self, chat: Chat, batch: Sequence[_Waiting]) -> None:
+        """Each its ids, or why there are none."""
+        loop = asyncio.get_running_loop()
+        texts = [text for waiting in batch for text in waiting.texts]
+        try:
+            found = iter(await loop.run_in_executor(self._thread, chat.encode_all, texts))
+        except Exception as error:  # noqa: BLE001 - it is raised where the ids are awaited
+            for waiting in batch:
+                if not waiting.ids.done():
+                    waiting.ids.set_exception(error)
+            return
         for waiting in batch:
-            if not waiting.ids.done():
-                waiting.ids.set_exception(error)
-        return
-    for waiting in batch:
-        ids = [i for _ in waiting.texts for i in next(found)]
-        if not waiting.ids.done():  # its client may have hung up
-            waiting.ids.set_result(ids)
+            ids = [i for _ in waiting.texts for i in next(found)]
+            if not waiting.ids.done():  # its client may have hung up
+                waiting.ids.set_result(ids)
