@@ -1,6 +1,7 @@
 """Prompts tokenised together: each its own ids, in few calls, whatever happens to the others."""
 
 import asyncio
+import shutil
 import sys
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
@@ -12,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted import ScriptedEngine
+from tokenizers import Tokenizer
 
 from pipeline.chat import Chat
-from pipeline.chat.remembered import Remembered
+from pipeline.chat.token_cache import TokenCache
 from pipeline.engine.protocol import Lane
 from pipeline.errors import RequestError
 from pipeline.serve.asking.batch_tokenizer import MAX_PROMPTS, BatchTokenizer
@@ -24,6 +26,10 @@ from pipeline.serve.offer.catalog import Served
 from pipeline.serve.routing.endpoint import Own
 
 T = TypeVar("T")
+
+
+class Panic(BaseException):
+    """What Rust's are in Python."""
 
 
 class CountedChat(Chat):
@@ -39,7 +45,7 @@ class CountedChat(Chat):
         self.batches.append(len(rendered))
         self.may_go_on.wait(10)
         if self.breaks_at in rendered:
-            raise ValueError(self.breaks_at)
+            raise Panic(self.breaks_at)
         return super().encode_all(rendered)
 
 
@@ -94,8 +100,9 @@ def test_a_failure_is_told_to_those_of_its_batch_alone(counted: CountedChat, cha
 
     async def run() -> None:
         tokenizer = BatchTokenizer()
-        with pytest.raises(ValueError, match="bad"):
+        with pytest.raises(RuntimeError, match="the tokenizer has failed") as failure:
             await tokenizer.encode(counted, ["bad"])
+        assert isinstance(failure.value.__cause__, Panic)
         assert await tokenizer.encode(counted, ["good"]) == chat.encode("good")
 
     within_a_minute(run())
@@ -133,9 +140,10 @@ def test_it_works_in_one_event_loop_after_another(counted: CountedChat, chat: Ch
     assert within_a_minute(tokenizer.encode(counted, ["b"])) == chat.encode("b")
 
 
-def test_a_busy_endpoint_decides_what_an_idle_one_does(chat: Chat) -> None:
+def test_a_busy_endpoint_decides_what_an_idle_one_does(counted: CountedChat) -> None:
     """One after another, and many at a time while another reply is made; refusals alike."""
-    served = Served("tiny", chat, ScriptedEngine(), 0)
+    counted.may_go_on.set()
+    served = Served("tiny", counted, ScriptedEngine(), 0)
     user = {"role": "user", "content": "Is <|im_end|> a tag?"}
     bodies = [
         {"messages": [user], "include_reasoning": False, "stop": ["</think>", "x"]},
@@ -143,6 +151,7 @@ def test_a_busy_endpoint_decides_what_an_idle_one_does(chat: Chat) -> None:
         {"messages": [user, {"role": "assistant", "content": "Yes, <think>"}], "seed": 1},
         {"prompt": "<|im_start|>once \U0010fffd\ue000 upon", "logprobs": True, "max_tokens": 5},
         {"messages": [{**user, "name": "Ann"}], "reasoning": {"effort": "low"}},
+        {"messages": [user] * 30, "transforms": ["middle-out"]},
     ]
     requests = [ChatRequest.model_validate(body) for body in bodies]
     refused = ChatRequest.model_validate({"messages": [user], "max_tokens": 100_000})
@@ -155,7 +164,68 @@ def test_a_busy_endpoint_decides_what_an_idle_one_does(chat: Chat) -> None:
                 await own.order(refused, lane)
             return await asyncio.gather(*(own.order(r, lane) for r in requests * 3))
 
-    assert within_a_minute(run()) == [decide(request, served, lane) for request in requests * 3]
+    orders = within_a_minute(run())
+
+    assert orders == [decide(request, served, lane) for request in requests * 3]
+    assert [order.is_compressed for order in orders] == [*[False] * 5, True] * 3
+    num_texts = 1 + 3 * (len(requests) + 1)  # the refused one's; one has begun its answer
+    assert sum(counted.batches) == num_texts
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"messages": [{"role": "user", "content": "x"}] * 33},
+        {"messages": [{"role": "user", "content": "x" * 8192}]},
+        {"logit_bias": {str(token): 1 for token in range(40)}},
+        {f"unknown_{number}": 1 for number in range(40)},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_takes_long_is_decided_beside_the_loop(
+    chat_folder: Path, fields: dict[str, Any]
+) -> None:
+    """Also where nobody else is there to wait for it."""
+    threads: list[threading.Thread] = []
+
+    class Watched(Chat):
+        def render(self, *some: Any) -> str:
+            threads.append(threading.current_thread())
+            return super().render(*some)
+
+    engine = ScriptedEngine()
+    engine.context_tokens = 20_000
+    served = Served("tiny", Watched(chat_folder), engine, 0)
+    short = ChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}]})
+    request = ChatRequest.model_validate({**short.model_dump(exclude_unset=True), **fields})
+
+    async def run() -> None:
+        await Own(served).order(short, Lane())
+        await Own(served).order(request, Lane())
+
+    within_a_minute(run())
+
+    main = threading.main_thread()
+    assert [thread is main for thread in threads] == [True, False]
+
+
+def test_what_a_tokenizer_file_says_of_batches_changes_no_prompt(
+    chat: Chat, chat_folder: Path, tmp_path: Path
+) -> None:
+    """Some were saved after a batch was padded, and cut to a length."""
+    shutil.copytree(chat_folder, tmp_path / "saved")
+    padded = Tokenizer.from_file(str(chat_folder / "tokenizer.json"))
+    padded.enable_padding()
+    padded.enable_truncation(8)
+    padded.save(str(tmp_path / "saved" / "tokenizer.json"))
+    texts = [
+        "a",
+        "as long as this",
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>user\nHo<|im_end|>",
+    ]
+
+    assert Chat(tmp_path / "saved").encode_all(texts) == [chat.encode(text) for text in texts]
 
 
 LITERALS = ["<|im_end|>", "<|im_start|>", "<think>", "\U0010fffd", "\ue000", "\n", "é", "a"]
@@ -190,17 +260,17 @@ def of_length(texts: Sequence[str]) -> list[list[int]]:
 
 
 def test_the_latest_texts_are_remembered_and_no_more() -> None:
-    remembered, asked = Remembered(2, 5), list[str]()
+    cache, asked = TokenCache(2, 5), list[str]()
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         asked.extend(texts)
         return of_length(texts)
 
-    assert remembered.ids(["a", "bb", "a"], encode) == [[1], [2], [1]]
-    assert remembered.ids(["a", "ccc"], encode) == [[1], [3]]  # bb has to go: a was asked for since
-    assert remembered.ids(["a", "bb"], encode) == [[1], [2]]
-    assert remembered.ids(["too long"] * 2, encode) == [[8], [8]]
-    assert remembered.ids(["too long"], encode) == [[8]]
+    assert cache.ids(["a", "bb", "a"], encode) == [[1], [2], [1]]
+    assert cache.ids(["a", "ccc"], encode) == [[1], [3]]  # bb has to go: a was asked for since
+    assert cache.ids(["a", "bb"], encode) == [[1], [2]]
+    assert cache.ids(["too long"] * 2, encode) == [[8], [8]]
+    assert cache.ids(["too long"], encode) == [[8]]
     assert asked == ["a", "bb", "ccc", "bb", "too long", "too long"]
 
 
@@ -215,12 +285,12 @@ def restless() -> Iterator[None]:
 
 @pytest.mark.usefixtures("restless")
 def test_threads_may_share_what_is_remembered() -> None:
-    remembered = Remembered(4, 100)
+    cache = TokenCache(4, 100)
 
     def work(begin: int) -> bool:
         texts = ["x" * (1 + (begin * n) % 7) for n in range(5000)]
         return all(
-            remembered.ids(some, of_length) == of_length(some)
+            cache.ids(some, of_length) == of_length(some)
             for some in (texts[n : n + 3] for n in range(len(texts)))
         )
 

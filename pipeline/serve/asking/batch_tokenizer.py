@@ -54,10 +54,16 @@ class BatchTokenizer:
         texts = [text for waiting in batch for text in waiting.texts]
         try:
             found = iter(await loop.run_in_executor(self._thread, chat.encode_all, texts))
-        except Exception as error:  # noqa: BLE001 - it is raised where the ids are awaited
+        except asyncio.CancelledError:
             for waiting in batch:
+                waiting.ids.cancel()
+            raise
+        except BaseException as error:  # noqa: BLE001 - a panic of Rust's is no Exception
+            for waiting in batch:
+                failure = RuntimeError("the tokenizer has failed")
+                failure.__cause__ = error
                 if not waiting.ids.done():
-                    waiting.ids.set_exception(error)
+                    waiting.ids.set_exception(failure)
             return
         for waiting in batch:
             ids = [i for _ in waiting.texts for i in next(found)]

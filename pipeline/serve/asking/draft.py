@@ -24,7 +24,7 @@ _OF_DIALOGUE = (
     "reasoning_effort",
     "include_reasoning",
 )
-_SHORT_BYTES, _SHORT_MESSAGES = 8192, 32
+_SHORT_BYTES, _SHORT_ITEMS = 8192, 32
 SHORT_CONTEXT_TOKENS = 8192
 _KINDS = {
     "image_url": "image",
@@ -99,13 +99,12 @@ def make_draft(request: ChatRequest, served: Served) -> Draft:
     return Draft(request, served, messages, mode, is_begun, constraints)
 
 
-def is_short(request: ChatRequest, served: Served) -> bool:
-    """Whether all but its tokenising is done in a millisecond, and that in a few."""
+def is_short(request: ChatRequest) -> bool:
+    """Whether all but its tokenising is done in a millisecond or two, and that in a few."""
     if request.tools or request.response_format:  # schemas may take long, whatever their size
         return False
-    if wants_compression(request, served):  # which tokenises again and again
-        return False
-    if len(request.messages or ()) > _SHORT_MESSAGES:
+    lists = (request.messages, request.logit_bias, request.transforms, request.plugins)
+    if sum(len(items or ()) for items in (*lists, request.model_extra)) > _SHORT_ITEMS:
         return False
     return len(orjson.dumps([request.prompt, request.messages])) <= _SHORT_BYTES
 

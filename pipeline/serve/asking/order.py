@@ -105,13 +105,24 @@ def settle(draft: Draft, prompt_ids: list[int], lane: Lane = PLAIN) -> Order:
     )
 
 
+def must_be_compressed(draft: Draft, num_prompt_tokens: int) -> bool:
+    """Whether `settle` will leave something out, for which it tokenises again and again."""
+    is_wanted = not draft.is_raw and wants_compression(draft.request, draft.served)
+    return is_wanted and num_prompt_tokens > _room(draft)
+
+
+def _room(draft: Draft) -> int:
+    """For the prompt, with compression."""
+    whole = draft.served.context_tokens
+    asked = draft.request.max_completion_tokens or draft.request.max_tokens
+    return whole - (whole // _SHARE_OF_REPLY if asked is None else asked)
+
+
 def _fitted(draft: Draft, prompt_ids: list[int]) -> tuple[list[int], bool]:
     """The prompt, and whether something was left out so that it leaves room for the reply."""
-    request, context_tokens = draft.request, draft.served.context_tokens
-    asked = request.max_completion_tokens or request.max_tokens
-    room = context_tokens - (context_tokens // _SHARE_OF_REPLY if asked is None else asked)
-    if draft.is_raw or not wants_compression(request, draft.served) or len(prompt_ids) <= room:
+    if not must_be_compressed(draft, len(prompt_ids)):
         return prompt_ids, False
+    room = _room(draft)
     fitting = compress(draft.messages, lambda fewer: len(draft.encode(fewer)) <= room)
     return (draft.encode(fitting), True) if fitting else (prompt_ids, False)
 

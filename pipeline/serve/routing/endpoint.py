@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from pipeline.engine.protocol import Lane
 from pipeline.serve.asking.batch_tokenizer import BatchTokenizer
 from pipeline.serve.asking.draft import is_short, make_draft
-from pipeline.serve.asking.order import Order, decide, settle
+from pipeline.serve.asking.order import Order, decide, must_be_compressed, settle
 from pipeline.serve.asking.request import ChatRequest
 from pipeline.serve.books.measured import UNMEASURED, Measured
 from pipeline.serve.offer.catalog import Served
@@ -125,7 +125,7 @@ class Own:
     provider: str = PROVIDER
     keeps_nothing: bool = True
     look: Look = _unseen
-    tokenizer: BatchTokenizer = field(default_factory=BatchTokenizer)
+    tokenizer: BatchTokenizer = field(default_factory=BatchTokenizer, compare=False)
 
     @property
     def tag(self) -> str:
@@ -185,15 +185,19 @@ class Own:
         )
 
     async def order(self, request: ChatRequest, lane: Lane) -> Order:
-        """What `decide` gives, or raises; tokenising does not hold up other streams."""
+        """What `decide` gives, or raises; tokenising does not hold up this engine's streams."""
         served = self.served
-        if not is_short(request, served):
+        if not is_short(request):
             return await asyncio.to_thread(decide, request, served, lane)
-        if not served.door.num_inside:
-            return decide(request, served, lane)  # a thread takes half a millisecond to answer
         draft = make_draft(request, served)
-        texts = draft.render(draft.messages)
-        return settle(draft, await self.tokenizer.encode(served.chat, texts), lane)
+        if served.door.num_inside:
+            texts = draft.render(draft.messages)
+            prompt_ids = await self.tokenizer.encode(served.chat, texts)
+        else:  # a thread takes half a millisecond to answer
+            prompt_ids = draft.encode(draft.messages)
+        if must_be_compressed(draft, len(prompt_ids)):
+            return await asyncio.to_thread(settle, draft, prompt_ids, lane)
+        return settle(draft, prompt_ids, lane)
 
 
 def _echo(order: Order, served: Served) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Token ids of texts, the latest of which are remembered."""
+"""Token ids of the texts that were asked for last."""
 
 import threading
 from collections import OrderedDict
@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
-class Remembered:
-    """Threads may share it."""
+class TokenCache:
+    """Least recently used texts go first; threads may share it."""
 
     def __init__(self, max_texts: int, max_characters: int) -> None:
-        """Longer texts than these are not kept."""
+        """At most `max_texts` are kept, none of them longer than `max_characters`."""
         self._max_texts = max_texts
         self._max_characters = max_characters
         self._known: OrderedDict[str, list[int]] = OrderedDict()
