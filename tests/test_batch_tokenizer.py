@@ -172,6 +172,22 @@ def test_a_busy_endpoint_decides_what_an_idle_one_does(counted: CountedChat) -> 
     assert sum(counted.batches) == num_texts
 
 
+class WatchedChat(Chat):
+    """Knows which threads have rendered."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.threads: list[threading.Thread] = []
+
+    def render(self, *some: Any) -> str:
+        self.threads.append(threading.current_thread())
+        return super().render(*some)
+
+    @property
+    def are_main(self) -> list[bool]:
+        return [thread is threading.main_thread() for thread in self.threads]
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -187,16 +203,9 @@ def test_what_takes_long_is_decided_beside_the_loop(
     chat_folder: Path, fields: dict[str, Any]
 ) -> None:
     """Also where nobody else is there to wait for it."""
-    threads: list[threading.Thread] = []
-
-    class Watched(Chat):
-        def render(self, *some: Any) -> str:
-            threads.append(threading.current_thread())
-            return super().render(*some)
-
-    engine = ScriptedEngine()
+    chat, engine = WatchedChat(chat_folder), ScriptedEngine()
     engine.context_tokens = 20_000
-    served = Served("tiny", Watched(chat_folder), engine, 0)
+    served = Served("tiny", chat, engine, 0)
     short = ChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}]})
     request = ChatRequest.model_validate({**short.model_dump(exclude_unset=True), **fields})
 
@@ -206,8 +215,21 @@ def test_what_takes_long_is_decided_beside_the_loop(
 
     within_a_minute(run())
 
-    main = threading.main_thread()
-    assert [thread is main for thread in threads] == [True, False]
+    assert chat.are_main == [True, False]
+
+
+def test_compressing_is_done_beside_the_loop(chat_folder: Path) -> None:
+    chat = WatchedChat(chat_folder)
+    messages = [{"role": "user", "content": "x" * 50}] * 30
+    fields = {"messages": messages, "transforms": ["middle-out"]}
+    own = Own(Served("tiny", chat, ScriptedEngine(), 0))
+
+    order = within_a_minute(own.order(ChatRequest.model_validate(fields), Lane()))
+
+    assert order.is_compressed
+    first, *others = chat.are_main
+    assert first
+    assert not any(others)
 
 
 def test_what_a_tokenizer_file_says_of_batches_changes_no_prompt(
