@@ -25,7 +25,7 @@ _OF_DIALOGUE = (
     "include_reasoning",
 )
 _SHORT_BYTES, _SHORT_ITEMS = 8192, 32
-SHORT_CONTEXT_TOKENS = 8192
+_SHORT_CONTEXT_TOKENS = 8192
 _KINDS = {
     "image_url": "image",
     "input_audio": "audio",
@@ -118,7 +118,7 @@ def wants_compression(request: ChatRequest, served: Served) -> bool:
     said = [plugin for plugin in request.plugins or () if plugin.id == COMPRESSION]
     if said or request.transforms is not None:
         return request.has_plugin(COMPRESSION) or "middle-out" in (request.transforms or ())
-    return served.compress_short and served.context_tokens <= SHORT_CONTEXT_TOKENS
+    return served.compress_short and served.context_tokens <= _SHORT_CONTEXT_TOKENS
 
 
 def _refuse_unsupported(request: ChatRequest) -> None:

@@ -112,7 +112,7 @@ def must_be_compressed(draft: Draft, num_prompt_tokens: int) -> bool:
 
 
 def _room(draft: Draft) -> int:
-    """For the prompt, with compression."""
+    """Tokens that a compressed prompt may have."""
     whole = draft.served.context_tokens
     asked = draft.request.max_completion_tokens or draft.request.max_tokens
     return whole - (whole // _SHARE_OF_REPLY if asked is None else asked)
